@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: MIT
+"""Section 2 of the tutorial (arXiv 2403.18103): the denoising diffusion probabilistic model.
+
+Building Blocks (§2.1). A chain of images, all of the same shape, between the picture x_0 and
+white noise x_T:
+
+    x_0  ⇄  x_1  ⇄  …  ⇄  x_{t−1}  ⇄  x_t  ⇄  …  ⇄  x_T
+
+    transition block   right: q(x_t | x_{t−1}), fixed, adds a little noise    DDPM.q_transition
+                       left:  p_θ(x_{t−1} | x_t), learned, removes it         DDPM.p_transition
+    initial block      x_0 is only ever reached from the right; its likelihood is the
+                       reconstruction term of the ELBO                        DDPM.elbo
+    final block        x_T is only ever reached from the left; q(x_T | x_0) should be N(0, I),
+                       which the prior matching term of the ELBO measures     DDPM.elbo
+
+Time is 1-based as in the paper. Tables have T + 1 entries and are indexed by t itself, with
+alpha[0] = alpha_bar[0] = 1. The paper's α_t is 1 − β_t in "Denoising Diffusion Probabilistic
+Models" (arXiv 2006.11239). Images are float tensors (B, C, H, W) in [-1, 1].
+"""
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+
+def linear_alphas(T: int) -> Tensor:
+    """α_1, …, α_T as a float64 (T,): 1 − α_t grows linearly.
+
+    From 1e-4 to 0.02 for T = 1000, as in arXiv 2006.11239. For any other T both ends are scaled by
+    1000/T: then Σ (1 − α_t), and so ᾱ_T ≈ exp(−Σ (1 − α_t)), stays what it was and x_T is white
+    noise for every T. (Below T = 21 the last values would pass 1 and are held at 0.999.)
+    """
+    scale = 1000 / T
+    return 1 - torch.linspace(1e-4 * scale, 0.02 * scale, T, dtype=torch.float64).clamp(max=0.999)
+
+
+def cosine_alphas(T: int) -> Tensor:
+    """α_1, …, α_T as a float64 (T,): ᾱ_t = f(t)/f(0) with f(t) = cos²(π/2 · (t/T + s)/(1 + s)).
+
+    "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), with its s = 0.008 and
+    its 1 − α_t ≤ 0.999. It destroys small images more evenly over t than the linear schedule.
+    """
+    s = 0.008
+    t = torch.arange(T + 1, dtype=torch.float64)
+    f = torch.cos(math.pi / 2 * (t / T + s) / (1 + s)) ** 2
+    return (f[1:] / f[:-1]).clamp(min=0.001)
+
+
+SCHEDULES = {"linear": linear_alphas, "cosine": cosine_alphas}
+
+
+def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log ∫ N(y | mean, std²) dy over the bin of the 8-bit pixel x, elementwise, in nats.
+
+    The 256 values of a pixel lie 2/255 apart on [-1, 1]; a bin reaches half-way to the neighbours,
+    and the two outermost to ±∞, so that the 256 masses sum to 1.
+    """
+    lower = torch.where(x < -1 + 1 / 255, -math.inf, (x - 1 / 255 - mean) / std)
+    upper = torch.where(x > 1 - 1 / 255, math.inf, (x + 1 / 255 - mean) / std)
+    # log(Φ(upper) − Φ(lower)). A bin right of the mean is reflected to the left of it: there Φ is
+    # small and log Φ keeps its digits, while right of the mean Φ rounds to 1.
+    right = lower > 0
+    lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
+    log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
+    return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
+
+
+class DDPM(nn.Module):
+    """The chain of §2. It takes any network, and learns through `loss`.
+
+    Args:
+        denoiser: called as denoiser(x_t, t) with x_t (B, C, H, W) and t (B,) of integers in 1..T;
+            returns (B, C, H, W).
+        image_shape: (C, H, W).
+        T: length of the chain, at least 2.
+        schedule: "linear" or "cosine".
+        predict: what the network's output is: the "noise" ε̂_θ(x_t) (§2.8) or the "image"
+            x̂_θ(x_t) (§2.7).
+
+    Wherever a method takes t it is an int, for the whole batch, or a (B,) integer tensor, with
+    1 ≤ t ≤ T. Means and variances come back ready to broadcast against (B, C, H, W). Bad arguments
+    raise ValueError.
+    """
+
+    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor],
+                 image_shape: tuple[int, int, int], T: int = 1000,
+                 schedule: str = "cosine", predict: str = "noise"):
+        super().__init__()
+        if T < 2:
+            raise ValueError(f"T must be at least 2, got {T}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        if predict not in ("noise", "image"):
+            raise ValueError(f"predict must be 'noise' or 'image', got {predict!r}")
+        self.denoiser, self.image_shape = denoiser, tuple(image_shape)
+        self.T, self.predict = T, predict
+        # The scalars α_t and ᾱ_t = α_1 α_2 … α_t. They stay float64 on the CPU, every formula
+        # below is evaluated there, and only its result is cast: 1 − ᾱ_1 in float32 is already
+        # wrong in the fourth digit.
+        self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), SCHEDULES[schedule](T)])
+        self.alpha_bar = self.alpha.cumprod(0)
+
+    def _index(self, x: Tensor, t: int | Tensor) -> Tensor:
+        """t, checked, as an index into the tables whose entries broadcast against x."""
+        t = torch.as_tensor(t).cpu()
+        if x.shape[1:] != self.image_shape or not x.is_floating_point():
+            raise ValueError(f"expected float images (B, {', '.join(map(str, self.image_shape))}), "
+                             f"got {x.dtype} {tuple(x.shape)}")
+        if t.shape not in ((), x.shape[:1]) or t.is_floating_point():
+            raise ValueError(f"t must be an int or {len(x)} integers, got {t.dtype} {tuple(t.shape)}")
+        if t.numel() and not 1 <= t.min() <= t.max() <= self.T:
+            raise ValueError(f"t must be in 1..{self.T}, got {t.tolist()}")
+        return t.reshape(-1, 1, 1, 1)
+
+    # ------------------------------------------------------------- the forward direction: q
+
+    def q_transition(self, x_prev: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """q(x_t | x_{t−1}) = N(x_t | √α_t x_{t−1}, (1 − α_t) I): (mean, variance).
+
+        The Magical Scalars √α_t and 1 − α_t (§2.2): with them, and no others, the variance of
+        x_t tends to 1.
+        """
+        t = self._index(x_prev, t)
+        alpha = self.alpha[t]
+        return alpha.sqrt().to(x_prev) * x_prev, (1 - alpha).to(x_prev)
+
+    def q_marginal(self, x_0: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """q(x_t | x_0) = N(x_t | √ᾱ_t x_0, (1 − ᾱ_t) I): (mean, variance).
+
+        Distribution q_φ(x_t | x_0) (§2.3): t transitions collapse into one.
+        """
+        t = self._index(x_0, t)
+        alpha_bar = self.alpha_bar[t]
+        return alpha_bar.sqrt().to(x_0) * x_0, (1 - alpha_bar).to(x_0)
+
+    def q_sample(self, x_0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε with ε = noise ~ N(0, I) (§2.3)."""
+        mean, variance = self.q_marginal(x_0, t)
+        return mean + variance.sqrt() * noise
+
+    def q_posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """q(x_{t−1} | x_t, x_0) = N(x_{t−1} | μ_q(x_t, x_0), σ_q²(t) I): (mean, variance).
+
+        Derivation of q_φ(x_{t−1} | x_t, x_0) (§2.6), by Bayes' rule:
+
+            μ_q    = [(1 − ᾱ_{t−1}) √α_t x_t + (1 − α_t) √ᾱ_{t−1} x_0] / (1 − ᾱ_t)
+            σ_q²(t) = (1 − α_t) (1 − ᾱ_{t−1}) / (1 − ᾱ_t)
+
+        At t = 1 it is certain: μ_q = x_0 and σ_q²(1) = 0.
+        """
+        t = self._index(x_t, t)
+        alpha, alpha_bar, alpha_bar_prev = self.alpha[t], self.alpha_bar[t], self.alpha_bar[t - 1]
+        mean = (((1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)).to(x_t) * x_t
+                + ((1 - alpha) * alpha_bar_prev.sqrt() / (1 - alpha_bar)).to(x_t) * x_0)
+        variance = (1 - alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        return mean, variance.to(x_t)
+
+    # ------------------------------------------------------------- the network: x̂_θ and ε̂_θ
+
+    def _denoise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """What the network says, in x_t's precision whatever autocast computed it in."""
+        t = self._index(x_t, t).flatten().expand(len(x_t))
+        return self.denoiser(x_t, t.to(x_t.device)).to(x_t.dtype)
+
+    def _noise_between(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The ε that takes x_0 to x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε."""
+        mean, variance = self.q_marginal(x_0, t)
+        return (x_t - mean) / variance.sqrt()
+
+    def predict_x0(self, x_t: Tensor, t: int | Tensor, clip: bool = False) -> Tensor:
+        """x̂_θ(x_t); for a noise network (x_t − √(1 − ᾱ_t) ε̂_θ(x_t)) / √ᾱ_t (§2.8).
+
+        With clip it is brought back into [-1, 1], where every x_0 is.
+        """
+        x0_hat = self._denoise(x_t, t)
+        if self.predict == "noise":
+            alpha_bar = self.alpha_bar[self._index(x_t, t)]
+            x0_hat = (x_t - (1 - alpha_bar).sqrt().to(x_t) * x0_hat) / alpha_bar.sqrt().to(x_t)
+        return x0_hat.clamp(-1, 1) if clip else x0_hat
+
+    def predict_noise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """ε̂_θ(x_t); for an image network (x_t − √ᾱ_t x̂_θ(x_t)) / √(1 − ᾱ_t) (§2.8)."""
+        output = self._denoise(x_t, t)
+        return output if self.predict == "noise" else self._noise_between(output, x_t, t)
+
+    def score(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """∇ log p_t(x_t) ≈ −ε̂_θ(x_t) / √(1 − ᾱ_t), the s_θ of the paper's section 3."""
+        return -self.predict_noise(x_t, t) / (1 - self.alpha_bar[self._index(x_t, t)]).sqrt().to(x_t)
+
+    # ------------------------------------------------------------- training
+
+    def loss(self, x_0: Tensor) -> Tensor:
+        """‖ε − ε̂_θ(x_t)‖² / D (§2.8), or ‖x_0 − x̂_θ(x_t)‖² / D for predict="image" (§2.7).
+
+        A scalar: the mean over the batch, one t uniform on {1, …, T} and one x_t ~ q(x_t | x_0)
+        for each image, and over its D pixels. The ELBO weights every t by its own factor (see
+        `elbo`); like the paper's training algorithm this drops them, which costs some likelihood
+        and gives better pictures (arXiv 2006.11239, section 3.4).
+        """
+        t = torch.randint(1, self.T + 1, x_0.shape[:1])
+        noise = torch.randn_like(x_0)
+        target = noise if self.predict == "noise" else x_0
+        return F.mse_loss(self._denoise(self.q_sample(x_0, t, noise), t), target)
+
+    def forward(self, x_0: Tensor) -> Tensor:
+        """The loss, so that what wraps a module (data parallelism, say) can train this one."""
+        return self.loss(x_0)
+
+    @torch.no_grad()
+    def elbo(self, x_0: Tensor, k: int | None = None, clip: bool = True,
+             generator: Generator | None = None) -> dict[str, Tensor]:
+        """The three terms of §2.5, each (B,), in nats per 8-bit image x_0:
+
+            log p(x_0) ≥ ELBO = reconstruction − prior_matching − consistency
+
+        Evidence Lower Bound (§2.4) and Rewrite the Consistency Term (§2.5): the first form of the
+        consistency term compares q(x_t | x_{t−1}), an arrow to the right, with p_θ(x_t | x_{t+1}),
+        an arrow to the left, and needs two random x to do it. Bayes' rule turns the first arrow
+        round, and one x_t is enough:
+
+            reconstruction   E log p_θ(x_0 | x_1),                            x_1 ~ q(x_1 | x_0)
+            prior_matching   KL(q(x_T | x_0) ‖ p(x_T)),                       p(x_T) = N(0, I)
+            consistency      Σ_{t=2..T} E KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)),
+                                                                              x_t ~ q(x_t | x_0)
+
+        Each expectation is taken from one sample. The sum visits every t, in the memory of one
+        step; with k it is estimated, without bias, from k random t for each image. x̂_θ is clipped
+        unless clip=False, as in the chain whose likelihood this bounds.
+        """
+        def q_draw(t: int | Tensor) -> Tensor:
+            return self.q_sample(x_0, t, torch.randn(
+                x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device))
+
+        # The initial block. σ_q²(1) = 0 would make p_θ(x_0 | x_1) a point mass, and every pixel
+        # that x̂_θ does not hit exactly impossible: its neighbour σ_q²(2) takes its place.
+        mean, _ = self.p_transition(q_draw(1), 1, clip)
+        _, variance = self.q_posterior(x_0, x_0, 2)
+        reconstruction = log_pixel_mass(x_0, mean, variance.sqrt()).flatten(1).sum(1)
+
+        # The final block: KL(N(√ᾱ_T x_0, (1 − ᾱ_T) I) ‖ N(0, I)).
+        alpha_bar = self.alpha_bar[self.T]
+        prior_matching = 0.5 * (alpha_bar.to(x_0) * x_0.square()
+                                + (-alpha_bar - torch.log1p(-alpha_bar)).to(x_0)).flatten(1).sum(1)
+
+        # The transition blocks: two Gaussians of the same variance σ_q²(t), whose means differ in
+        # x_0 against x̂_θ alone, so that KL = ‖μ_q − μ_θ‖² / 2σ_q²(t)
+        #                                   = (1 − α_t) ᾱ_{t−1} / 2(1 − ᾱ_{t−1})(1 − ᾱ_t) · ‖x_0 − x̂_θ‖².
+        if k is None:
+            times, visits = range(2, self.T + 1), 1
+        else:
+            times = torch.randint(2, self.T + 1, (k, len(x_0)), generator=generator,
+                                  device=x_0.device)
+            visits = k / (self.T - 1)  # how often each t is met, on average
+        consistency = torch.zeros_like(reconstruction)
+        for t in times:
+            error = x_0 - self.predict_x0(q_draw(t), t, clip)
+            t = self._index(x_0, t).flatten()
+            alpha, alpha_bar, alpha_bar_prev = self.alpha[t], self.alpha_bar[t], self.alpha_bar[t - 1]
+            weight = (1 - alpha) * alpha_bar_prev / (2 * (1 - alpha_bar_prev) * (1 - alpha_bar))
+            consistency += (weight / visits).to(x_0) * error.square().flatten(1).sum(1)
+        return {"reconstruction": reconstruction, "prior_matching": prior_matching,
+                "consistency": consistency}
+
+    def bits_per_dim(self, x_0: Tensor, terms: dict[str, Tensor] | None = None) -> Tensor:
+        """−ELBO / (D ln 2) with D = C·H·W: bits for each 8-bit pixel, (B,).
+
+        terms: what `elbo` gave for x_0; computed here, in full, where it is missing.
+        """
+        reconstruction, *costs = (terms or self.elbo(x_0)).values()
+        return (sum(costs) - reconstruction) / (x_0[0].numel() * math.log(2))
+
+    # ------------------------------------------------------------- inference: from x_T to x_0
+
+    def p_transition(self, x_t: Tensor, t: int | Tensor,
+                     clip: bool = True) -> tuple[Tensor, Tensor]:
+        """p_θ(x_{t−1} | x_t) = N(x_{t−1} | μ_θ(x_t), σ_q²(t) I): (mean, variance).
+
+        Training and Inference (§2.7): q(x_{t−1} | x_t, x_0) with x̂_θ(x_t) in the place of the x_0
+        that nobody knows. In terms of ε̂_θ it is §2.8's
+        μ_θ(x_t) = [x_t − (1 − α_t) / √(1 − ᾱ_t) · ε̂_θ(x_t)] / √α_t, exactly so for clip=False.
+        Clipping x̂_θ is not in the paper, but in arXiv 2006.11239's code: at large t the division
+        by √ᾱ_t magnifies the network's error, and one step outside [-1, 1] misleads all later ones.
+        """
+        return self.q_posterior(x_t, self.predict_x0(x_t, t, clip), t)
+
+    def _noise(self, n: int, generator: Generator | None) -> Tensor:
+        """n images of N(0, I), on the network's device and in its precision."""
+        like = next(self.parameters(), torch.empty(0))
+        return torch.randn(n, *self.image_shape, generator=generator, dtype=like.dtype,
+                           device=like.device)
+
+    @torch.no_grad()
+    def reverse_chain(self, n: int, clip: bool = True,
+                      generator: Generator | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The inference algorithm of §2.7 and §2.8: yields (t, x_t) for t = T, …, 0.
+
+            x_T ~ N(0, I);   x_{t−1} = μ_θ(x_t) + σ_q(t) z,   z ~ N(0, I), but no z at t = 1
+
+        n images (n, C, H, W) at a time. clip: see `p_transition`. generator: on the network's
+        device.
+        """
+        x_t = self._noise(n, generator)
+        yield self.T, x_t
+        for t in range(self.T, 0, -1):
+            x_t, variance = self.p_transition(x_t, t, clip)
+            if t > 1:
+                x_t = x_t + variance.sqrt() * self._noise(n, generator)
+            yield t - 1, x_t
+
+    @torch.no_grad()
+    def ddim_chain(self, n: int, steps: int, eta: float = 0.0, clip: bool = True,
+                   generator: Generator | None = None) -> Iterator[tuple[int, Tensor]]:
+        """"Denoising Diffusion Implicit Models" (arXiv 2010.02502): any s < t in one step.
+
+        Yields (t, x_t) for `steps` values t from T to 1, evenly spaced, both ends included, and at
+        last for t = 0:
+
+            x_s = √ᾱ_s x̂_θ(x_t) + √(1 − ᾱ_s − σ²) ε̂_θ(x_t) + σ z
+            σ   = η √[(1 − ᾱ_s) / (1 − ᾱ_t)] √[1 − ᾱ_t / ᾱ_s]
+
+        η = 0 is deterministic once x_T is drawn; η = 1 with steps = T is `reverse_chain`.
+        Where x̂_θ is clipped, ε̂_θ is the noise between x_t and the clipped x̂_θ.
+        """
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps must be in 1..{self.T}, got {steps}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {eta}")
+        times = torch.linspace(self.T, 1, steps).round().int().tolist() + [0]
+        x_t = self._noise(n, generator)
+        yield self.T, x_t
+        for t, s in zip(times, times[1:]):
+            x0_hat = self.predict_x0(x_t, t, clip)
+            noise_hat = self._noise_between(x0_hat, x_t, t)
+            alpha_bar_t, alpha_bar_s = self.alpha_bar[t], self.alpha_bar[s]
+            variance = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+            x_t = (alpha_bar_s.sqrt().to(x_t) * x0_hat
+                   + (1 - alpha_bar_s - variance).sqrt().to(x_t) * noise_hat)
+            if variance > 0:
+                x_t = x_t + variance.sqrt().to(x_t) * self._noise(n, generator)
+            yield s, x_t
+
+    def chain(self, n: int, steps: int | None = None, eta: float = 0.0,
+              generator: Generator | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The reverse chain, or DDIM with this η where `steps` is given."""
+        if steps is None:
+            return self.reverse_chain(n, generator=generator)
+        return self.ddim_chain(n, steps, eta, generator=generator)
+
+    def sample(self, n: int, steps: int | None = None, eta: float = 0.0,
+               generator: Generator | None = None) -> Tensor:
+        """n new images (n, C, H, W) in [-1, 1]: the x_0 at the end of `chain`."""
+        for _, x_t in self.chain(n, steps, eta, generator):
+            pass
+        return x_t

@@ -1,0 +1,271 @@
+"""Draw new images from a trained model: `python sample.py` after `python train.py --model …`.
+
+Inference with VAE (§1.5): decode z ~ N(0, I). Training and Inference (§2.7): run the reverse chain
+from x_T ~ N(0, I) to x_0, all T steps of it or, with --steps, a few of DDIM's.
+
+Also here, because train.py needs them too: checkpoints, devices, and PNG files.
+"""
+import argparse
+import contextlib
+import math
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddpm import DDPM
+from unet import UNet
+from vae import VAE
+
+BATCH = 256  # images drawn at a time, so that memory does not grow with -n
+CHAIN_FRAMES, STRIP_FRAMES, STRIP_IMAGES = 60, 11, 8
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake costs one line on stderr, and exit status 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """The argparse type of numbers from low to high: nan and inf are none."""
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(
+                f"must be {low} or more" + (f" and at most {high}" if high < math.inf else "")
+                + f", got {text}")
+        return value
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's own message
+    return parse
+
+
+# ------------------------------------------------------------------------------ devices
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:N" or "mps".
+
+    Raises ValueError where this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in have or (number and not (kind == "cuda" and number.isdecimal())):
+        raise ValueError(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
+    if int(number or 0) >= have[kind]:
+        raise ValueError(f"--device {name}: this machine has {have[kind]} such devices; "
+                         "--device auto takes what there is")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager:
+    """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware multiplies
+    bfloat16 itself (CUDA since Ampere, CPUs with AMX or AVX-512 BF16)."""
+    if precision == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif precision == "auto" and device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    else:
+        bf16 = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def build_model(config: dict) -> nn.Module:
+    """The untrained model that a run's options describe. Raises ValueError if they make none."""
+    shape = tuple(config["image_shape"])
+    if config["model"] == "vae":
+        return VAE(shape, config["latent_dim"], config["channels"], config["decoder_std"])
+    denoiser = UNet(shape[0], config["channels"], config["multipliers"], config["blocks"],
+                    config["attention"], config["dropout"])
+    denoiser(torch.zeros(1, *shape), torch.ones(1))  # the U-Net's own word on H and W
+    return DDPM(denoiser, shape, config["timesteps"], config["schedule"], config["predict"])
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What train.py saved. weights_only: a file from elsewhere can't run code. OSError or
+    ValueError for what can't be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] == 1:
+            return state
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of train.py") from error
+    raise ValueError(f"{path}: a checkpoint of another version")
+
+
+def newest_checkpoint() -> Path:
+    paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise ValueError("no runs/*/checkpoint.pt here: train first, with python train.py "
+                         "--model ddpm, or name a file with --checkpoint")
+    return paths[-1]
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] to 0..255."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """(n, C, H, W) to one picture (C, h, w), row by row, 2 pixels apart, about square."""
+    n, C, H, W = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, rows * columns - n))
+    picture = images.view(rows, columns, C, H + 2, W + 2).permute(2, 0, 3, 1, 4)
+    return F.pad(picture.reshape(C, rows * (H + 2), columns * (W + 2)), (1, 1, 1, 1))
+
+
+def write_png(path: Path, frames: list[Tensor], seconds: float = 0.06, last: float = 2.0):
+    """Write uint8 frames (C, H, W), C = 1 or 3: one as a PNG, several as an animated PNG.
+
+    PNG (ISO/IEC 15948) is a signature and chunks: IHDR, compressed IDAT, IEND. APNG adds acTL
+    (how many frames), fcTL before each frame, and fdAT: an IDAT with a number in front. A viewer
+    that does not know them shows the first frame.
+    """
+    C, H, W = frames[0].shape
+    animated, sequence = len(frames) > 1, 0
+    with open(path, "wb") as file:
+        def chunk(kind: bytes, data: bytes):
+            file.write(struct.pack(">I", len(data)) + kind + data
+                       + struct.pack(">I", zlib.crc32(kind + data)))
+
+        file.write(b"\x89PNG\r\n\x1a\n")
+        chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, {1: 0, 3: 2}[C], 0, 0, 0))
+        if animated:
+            chunk(b"acTL", struct.pack(">II", len(frames), 0))
+        for i, frame in enumerate(frames):
+            rows = frame.permute(1, 2, 0).reshape(H, W * C)
+            data = zlib.compress(bytes(F.pad(rows, (1, 0)).flatten().tolist()), 9)  # filter 0
+            if animated:
+                milliseconds = round(1000 * (last if i == len(frames) - 1 else seconds))
+                chunk(b"fcTL", struct.pack(">IIIIIHHBB", sequence, W, H, 0, 0, milliseconds, 1000, 0, 0))
+                sequence += 1
+            if i == 0:
+                chunk(b"IDAT", data)
+            else:
+                chunk(b"fdAT", struct.pack(">I", sequence) + data)
+                sequence += 1
+        chunk(b"IEND", b"")
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def evenly(last: int, count: int) -> list[int]:
+    """At most `count` whole numbers from 0 to `last`, both included."""
+    return sorted(set(torch.linspace(0, last, count).round().int().tolist()))
+
+
+def draw(model: nn.Module, n: int, steps: int | None, eta: float, generator: torch.Generator,
+         keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """n images as uint8 (n, C, H, W), with a progress bar; of a DDPM also, for the first of them,
+    what the chain looked like after i steps for each i in keep."""
+    images, film = [], {}
+    batches = [min(BATCH, n - start) for start in range(0, n, BATCH)]
+    length = (steps or model.T) if isinstance(model, DDPM) else 1
+    with tqdm(total=length * len(batches), unit="step", desc="sampling") as bar:
+        for batch in batches:
+            if isinstance(model, DDPM):
+                for i, (_, x) in enumerate(model.chain(batch, steps, eta, generator)):
+                    bar.update(i > 0)
+                    if i in keep and not images:
+                        film[i] = to_uint8(x)
+            else:
+                x = model.sample(batch, generator)
+                bar.update()
+            images.append(to_uint8(x))
+    return torch.cat(images), film
+
+
+def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(prog="sample.py", description="Draw new images from a trained model.")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="default: the newest runs/*/checkpoint.pt")
+    add("-n", type=number(int, 1, 10**7), default=64, help="how many images (default: 64)")
+    add("--steps", type=number(int, 1), help="ddpm: DDIM with so many steps (default: all T steps "
+        "of the reverse chain)")
+    add("--eta", type=number(float, 0, 1), help="ddpm, with --steps: DDIM's share of fresh noise, "
+        "0 to 1 (default: 0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: 0)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
+        "(default: samples.png beside the checkpoint)")
+    add("--chain", type=Path, metavar="FILE.png",
+        help="ddpm: also an animated PNG of the chain from x_T to x_0")
+    add("--strip", type=Path, metavar="FILE.png", help="ddpm: also the chain as a film strip")
+    return parser, parser.parse_args(argv)
+
+
+def check_output(option: str, path: Path, suffixes: tuple[str, ...] = (".png",)):
+    if path.suffix not in suffixes:
+        raise ValueError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+
+
+def main(argv: list[str] | None = None):
+    parser, args = parse_args(argv)
+    try:
+        args.checkpoint = args.checkpoint or newest_checkpoint()
+        args.out = args.out or args.checkpoint.with_name("samples.png")
+        check_output("--out", args.out, (".png", ".pt"))
+        for option, path in (("--chain", args.chain), ("--strip", args.strip)):
+            if path:
+                check_output(option, path)
+        if args.eta is not None and args.steps is None:
+            raise ValueError("--eta goes with --steps: the full reverse chain has no eta")
+        device = pick_device(args.device)
+        state = read_checkpoint(args.checkpoint)
+        model = build_model(state["config"])
+        model.load_state_dict(state["ema"])
+        if isinstance(model, DDPM):
+            if args.steps is not None and args.steps > model.T:
+                raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
+        elif args.steps or args.chain or args.strip:
+            raise ValueError(f"{args.checkpoint} is a vae: --steps, --eta, --chain and --strip "
+                             "are for a ddpm")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+    model.to(device).eval()
+    length = args.steps or getattr(model, "T", 1)
+    chain, strip = evenly(length, CHAIN_FRAMES), evenly(length, STRIP_FRAMES)
+    try:
+        with autocast(device):
+            images, film = draw(model, args.n, args.steps, args.eta or 0.0,
+                                torch.Generator(device).manual_seed(args.seed),
+                                (args.chain and chain or []) + (args.strip and strip or []))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if args.out.suffix == ".pt":
+        torch.save(images, args.out)
+    else:
+        write_png(args.out, [grid(images)])
+    if args.chain:
+        write_png(args.chain, [grid(film[i]) for i in chain])
+    if args.strip:
+        rows = torch.stack([film[i][:STRIP_IMAGES] for i in strip], dim=1)
+        write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
+    print("wrote", ", ".join(str(path) for path in (args.out, args.chain, args.strip) if path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,885 @@
+"""The tests: `python test_all.py`, or `pytest test_all.py`. No network and no GPU needed.
+
+Every formula is held against an independent source: a closed form, torch.distributions, numerical
+integration, or a Monte-Carlo mean with a tolerance of 5 of its own standard errors.
+"""
+import csv
+import gzip
+import hashlib
+import math
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import zlib
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributions import (Categorical, MixtureSameFamily, MultivariateNormal, Normal,
+                                 kl_divergence)
+
+import sample
+import train
+from ddpm import DDPM, cosine_alphas, linear_alphas, log_pixel_mass
+from unet import UNet
+from vae import VAE, GaussianMixture
+
+HERE = Path(__file__).resolve().parent
+MNIST = HERE / "data" / "mnist"
+
+
+class Test(unittest.TestCase):
+    """Seeds every test, and knows when tensors are close."""
+
+    def setUp(self):
+        torch.manual_seed(0)
+
+    def assertClose(self, actual, expected, rtol=1e-6, atol=1e-9):
+        torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64),
+                                   torch.as_tensor(expected, dtype=torch.float64),
+                                   rtol=rtol, atol=atol)
+
+    def assertMean(self, draws, expected, errors=5):
+        """The mean of independent draws is what it should be, to within 5 standard errors."""
+        draws = draws.double()
+        error = draws.std(0) / len(draws) ** 0.5
+        worst = ((draws.mean(0) - expected).abs() / error).max().item()
+        self.assertLess(worst, errors, f"{draws.mean(0)} should be {expected} ± {error}")
+
+
+# ------------------------------------------------------------------------------ section 1
+
+
+class TestGaussianMixture(Test):
+    def setUp(self):
+        super().setUp()
+        self.pi = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+        self.sigma = torch.tensor([0.5, 1.0, 0.3], dtype=torch.float64)
+        self.means = {"numbers": torch.tensor([-2.0, 0.0, 1.5], dtype=torch.float64),
+                      "vectors": torch.tensor([[-2.0, 0], [0, 1], [1.5, 3]], dtype=torch.float64)}
+
+    def test_density_and_posterior_against_torch_distributions(self):
+        for name, mu in self.means.items():
+            with self.subTest(name):
+                mixture, x = GaussianMixture(self.pi, mu, self.sigma), torch.randn(50, *mu.shape[1:]).double()
+                vectors = mu.view(3, -1)
+                parts = torch.distributions.Independent(Normal(vectors, self.sigma[:, None]), 1)
+                oracle = MixtureSameFamily(Categorical(self.pi), parts)
+                self.assertClose(mixture.log_prob(x), oracle.log_prob(x.view(50, -1)))
+                # Bayes' rule, factor by factor
+                joint = self.pi * parts.log_prob(x.view(50, 1, -1)).exp()
+                self.assertClose(mixture.posterior(x), joint / joint.sum(1, keepdim=True))
+                self.assertTrue((mixture.encode(x) == joint.argmax(1)).all())
+                self.assertClose(mixture.decode(torch.tensor([2, 0])), mu[[2, 0]])
+
+    def test_samples_have_the_moments_of_the_mixture(self):
+        for name, mu in self.means.items():
+            with self.subTest(name):
+                x = GaussianMixture(self.pi, mu, self.sigma).sample(100_000)
+                shape = (3,) + (1,) * (mu.ndim - 1)
+                pi, variance = self.pi.view(shape), self.sigma.view(shape) ** 2
+                self.assertMean(x, (pi * mu).sum(0))
+                self.assertMean(x**2, (pi * (mu**2 + variance)).sum(0))
+
+    def test_bad_arguments(self):
+        for arguments in (([1, 1], [0.0], [1.0]), ([0.5, -0.5], [0.0, 1], [1.0, 1]), ([1], [0.0], [0.0])):
+            with self.assertRaises(ValueError):
+                GaussianMixture(*arguments)
+
+
+def linear_vae(d=3, encoder_gain=1.0):
+    """A VAE on 8×8 images whose networks are linear, x = W z + b + σ ε, with the exact log p(x)
+    and p(z | x) of that model: both are Gaussian."""
+    vae = VAE((1, 8, 8), latent_dim=d, decoder_std=0.5).double()
+    W, b = 0.2 * torch.randn(64, d).double(), 0.1 * torch.randn(64).double()
+    eye = torch.eye(64).double()
+    evidence = MultivariateNormal(b, W @ W.T + 0.25 * eye)
+    covariance = torch.linalg.inv(torch.eye(d).double() + W.T @ W / 0.25)
+    gain = covariance @ W.T / 0.25
+
+    decoder, encoder = nn.Linear(d, 64).double(), nn.Linear(64, 2 * d).double()
+    with torch.no_grad():
+        decoder.weight.copy_(W), decoder.bias.copy_(b)
+        encoder.weight.zero_(), encoder.bias.zero_()
+        encoder.weight[:d] = encoder_gain * gain
+        encoder.bias[:d] = -encoder_gain * gain @ b
+        encoder.bias[d:] = covariance.diagonal().log()
+    vae.decoder = nn.Sequential(decoder, nn.Unflatten(1, (1, 8, 8)))
+    vae.encoder = nn.Sequential(nn.Flatten(), encoder)
+    return vae, evidence, lambda x: MultivariateNormal((x.flatten(1) - b) @ gain.T, covariance)
+
+
+class TestVAE(Test):
+    def test_log_evidence_is_elbo_plus_kl_to_the_true_posterior(self):
+        for gain in (1.0, 0.7):  # nearly the true posterior (its diagonal), and a worse one
+            vae, evidence, posterior = linear_vae(encoder_gain=gain)
+            x = evidence.sample((1,)).view(1, 1, 8, 8)
+            log_p = evidence.log_prob(x.flatten(1))
+            with torch.no_grad():
+                mu, log_var = vae.encode(x)
+                q = MultivariateNormal(mu, torch.diag_embed(log_var.exp()))
+                gap = kl_divergence(q, posterior(x))
+                terms = vae.elbo(x.expand(50_000, -1, -1, -1))
+            elbo = terms["reconstruction"] - terms["kl"]
+            self.assertGreater(gap.item(), 0.001)
+            self.assertMean(elbo, log_p - gap)
+            self.assertLess(elbo.mean().item(), log_p.item())
+
+    def test_kl_against_torch_distributions(self):
+        vae, x = VAE(), torch.rand(5, 1, 28, 28) * 2 - 1
+        mu, log_var = vae.encode(x)
+        q = Normal(mu, (0.5 * log_var).exp())
+        expected = kl_divergence(q, Normal(0.0, 1.0)).sum(1)
+        self.assertClose(vae.elbo(x)["kl"].detach(), expected.detach(), rtol=1e-4)
+
+    def test_reparameterized_gradient(self):
+        # E z² = μ² + σ² has the gradient (2μ, σ²) in (μ, log σ²).
+        mu = torch.full((100_000, 1), 0.7, requires_grad=True)
+        log_var = torch.full((100_000, 1), -0.4, requires_grad=True)
+        VAE().reparameterize(mu, log_var).square().sum().backward()
+        self.assertMean(mu.grad, 1.4)
+        self.assertMean(log_var.grad, math.exp(-0.4))
+
+    def test_loss_is_minus_elbo_per_pixel(self):
+        vae, x = VAE(), torch.rand(4, 1, 28, 28) * 2 - 1
+        torch.manual_seed(1)
+        loss = vae.loss(x)
+        torch.manual_seed(1)
+        terms = vae.elbo(x)
+        self.assertClose(loss.item(), (terms["kl"] - terms["reconstruction"]).mean().item() / 784, rtol=1e-5)
+
+    def test_bits_per_dim_of_a_coarse_density(self):
+        # Where the density hardly varies over a bin, its ELBO + log(bin width) is that of the mass.
+        vae, x = VAE(decoder_std=0.5), torch.rand(2, 1, 28, 28).mul(255).round() / 127.5 - 1
+        z = torch.zeros(2, vae.latent_dim)
+        mass = log_pixel_mass(x.clamp(-0.99, 0.99), vae.decode(z), torch.tensor(0.5)).sum((1, 2, 3))
+        density = Normal(vae.decode(z), 0.5).log_prob(x.clamp(-0.99, 0.99)).sum((1, 2, 3))
+        bits = vae.bits_per_dim(x, {"reconstruction": density, "kl": torch.zeros(2)})
+        self.assertClose(bits.detach(), (-mass / (784 * math.log(2))).detach(), rtol=1e-3)
+
+    def test_every_size_from_8_up(self):
+        for shape in ((1, 8, 8), (1, 28, 28), (3, 32, 32), (1, 33, 33), (3, 64, 64), (2, 9, 31)):
+            vae = VAE(shape, latent_dim=4, channels=4)
+            x = torch.rand(2, *shape) * 2 - 1
+            vae.loss(x).backward()
+            images = vae.sample(3)
+            self.assertEqual(images.shape, (3, *shape))
+            self.assertLessEqual(images.abs().max().item(), 1)
+
+    def test_bad_arguments(self):
+        for arguments in (dict(image_shape=(1, 7, 28)), dict(latent_dim=0), dict(channels=0),
+                          dict(decoder_std=0), dict(decoder_std=math.nan)):
+            with self.assertRaises(ValueError):
+                VAE(**arguments)
+        with self.assertRaises(ValueError):
+            VAE().loss(torch.zeros(2, 1, 28, 29))
+        with self.assertRaises(ValueError):
+            VAE().loss(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+
+
+# ------------------------------------------------------------------------------ section 2
+
+
+class Double(nn.Module):
+    """Makes a function of (x_t, t) a network in float64."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.precision = function, nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x_t, t):
+        return self.function(x_t, t)
+
+
+class MixtureWorld:
+    """Images of one pixel drawn from a Gaussian mixture: all of section 2 in closed form."""
+
+    def __init__(self, T, schedule="linear"):
+        self.pi = torch.tensor([0.3, 0.7], dtype=torch.float64)
+        self.mu = torch.tensor([-0.5, 0.4], dtype=torch.float64)
+        self.sigma = torch.tensor([0.05, 0.1], dtype=torch.float64)
+        self.data = GaussianMixture(self.pi, self.mu, self.sigma)
+        self.alpha_bar = torch.cat([torch.ones(1).double(), train.SCHEDULES[schedule](T).cumprod(0)])
+        self.image = DDPM(Double(self.x0_hat), (1, 1, 1), T, schedule, "image")
+        self.noise = DDPM(Double(self.noise_hat), (1, 1, 1), T, schedule, "noise")
+
+    def at(self, t):
+        """p_t(x): the mixture with means √ᾱ_t μ_k and variances ᾱ_t σ_k² + 1 − ᾱ_t."""
+        a = self.alpha_bar[t]
+        return GaussianMixture(self.pi, a.sqrt() * self.mu, (a * self.sigma**2 + 1 - a).sqrt())
+
+    def x0_hat(self, x_t, t):
+        """E[x_0 | x_t] = Σ_k p(k | x_t) E[x_0 | x_t, k], the best denoiser there is."""
+        self.same(t)
+        a, p_t, x = self.alpha_bar[t[0]], self.at(t[0]), x_t.flatten()
+        gain = a.sqrt() * self.sigma**2 / p_t.stds**2
+        return (p_t.posterior(x) * (self.mu + gain * (x[:, None] - p_t.means))).sum(1).view_as(x_t)
+
+    def noise_hat(self, x_t, t):
+        a = self.alpha_bar[t[0]]
+        return (x_t - a.sqrt() * self.x0_hat(x_t, t)) / (1 - a).sqrt()
+
+    def same(self, t):
+        assert (t == t[0]).all()
+
+
+class TestSchedules(Test):
+    def test_linear_is_the_published_one(self):
+        beta = 1 - linear_alphas(1000)
+        self.assertClose(beta[[0, -1]], [1e-4, 0.02])
+        self.assertClose(beta.diff(), torch.full((999,), (0.02 - 1e-4) / 999))
+
+    def test_cosine_is_the_published_one(self):
+        T = 1000
+        f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T)]
+        self.assertClose(cosine_alphas(T).cumprod(0)[:-1], torch.tensor(f[1:]) / f[0], rtol=1e-5)
+
+    def test_white_noise_at_the_end_of_every_chain(self):
+        for schedule in ("linear", "cosine"):
+            for T in [*range(10, 200), 500, 1000, 4000]:
+                ddpm = DDPM(None, (1, 1, 1), T, schedule)
+                self.assertLess(ddpm.alpha_bar[T], 1e-3)
+                self.assertEqual((len(ddpm.alpha), len(ddpm.alpha_bar)), (T + 1, T + 1))
+                self.assertEqual((ddpm.alpha[0], ddpm.alpha_bar[0]), (1, 1))
+                self.assertEqual(ddpm.alpha_bar.dtype, torch.float64)
+                self.assertTrue((ddpm.alpha[1:] > 0).all() and (ddpm.alpha[1:] < 1).all())
+
+
+class TestForward(Test):
+    def test_T_transitions_make_the_marginal(self):
+        for schedule in ("linear", "cosine"):
+            ddpm, x_0 = DDPM(None, (1, 2, 2), 100, schedule), torch.rand(3, 1, 2, 2).double()
+            mean, variance = x_0, torch.zeros(1, 1, 1, 1).double()
+            for t in range(1, 101):
+                # The mean is linear in x; variances add, the old one scaled by (√α_t)² = gain².
+                gain = ddpm.q_transition(torch.ones_like(x_0), t)[0][0, 0, 0, 0]
+                mean, added = ddpm.q_transition(mean, t)
+                variance = gain**2 * variance + added
+                self.assertClose(ddpm.q_marginal(x_0, t)[0], mean)
+                self.assertClose(ddpm.q_marginal(x_0, t)[1], variance)
+
+    def test_a_t_for_each_image(self):
+        ddpm, x = DDPM(None, (1, 2, 2)), torch.randn(3, 1, 2, 2)
+        t = torch.tensor([1, 500, 1000])
+        for method in (ddpm.q_transition, ddpm.q_marginal, lambda x, t: ddpm.q_posterior(x, -x, t)):
+            mean, variance = method(x, t)
+            for i in range(3):
+                self.assertClose(mean[i:i + 1], method(x[i:i + 1], int(t[i]))[0])
+                self.assertClose(variance[i:i + 1], method(x[i:i + 1], int(t[i]))[1])
+
+    def test_coefficients_are_right_to_the_last_float32_digit(self):
+        ddpm = DDPM(None, (1, 1, 1), 1000, "linear")
+        variance = ddpm.q_marginal(torch.zeros(1, 1, 1, 1), 1)[1]
+        self.assertEqual(variance.item(), torch.tensor(1e-4).item())
+
+    def test_q_sample_has_the_marginal_moments(self):
+        ddpm, x_0 = DDPM(None, (1, 1, 1)), torch.full((50_000, 1, 1, 1), 0.8)
+        x_t = ddpm.q_sample(x_0, 400, torch.randn_like(x_0))
+        a = ddpm.alpha_bar[400].item()
+        self.assertMean(x_t, 0.8 * a**0.5)
+        self.assertMean((x_t - 0.8 * a**0.5) ** 2, 1 - a)
+
+    def test_posterior_by_bayes_rule_on_a_grid(self):
+        # q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0)
+        ddpm, grid = DDPM(None, (1, 1, 1), 50, "linear"), torch.linspace(-8, 8, 200_001).double()
+        for t in (2, 10, 30, 50):
+            x_t, x_0 = torch.randn(1, 1, 1, 1).double(), torch.rand(1, 1, 1, 1).double()
+            mean, variance = ddpm.q_transition(grid.view(-1, 1, 1, 1), t)
+            log_p = Normal(mean, variance.sqrt()).log_prob(x_t).flatten()
+            mean, variance = ddpm.q_marginal(x_0, t - 1)
+            p = (log_p + Normal(mean, variance.sqrt()).log_prob(grid).flatten()).softmax(0)
+            expected_mean = (p * grid).sum()
+            expected_variance = (p * (grid - expected_mean) ** 2).sum()
+            mean, variance = ddpm.q_posterior(x_t, x_0, t)
+            self.assertClose(mean.item(), expected_mean.item())
+            self.assertClose(variance.item(), expected_variance.item())
+        mean, variance = ddpm.q_posterior(x_t, x_0, 1)
+        self.assertClose(mean, x_0)
+        self.assertEqual(variance.item(), 0)
+
+    def test_bad_arguments(self):
+        ddpm, x = DDPM(lambda x, t: x, (1, 2, 2), 10), torch.zeros(3, 1, 2, 2)
+        for t in (0, 11, -1, torch.tensor([1, 2, 0]), torch.tensor([1, 2]), 1.5):
+            with self.assertRaises(ValueError, msg=f"t = {t}"):
+                ddpm.q_marginal(x, t)
+        for wrong in (x[0], x[..., :1], x.byte()):
+            with self.assertRaises(ValueError):
+                ddpm.predict_x0(wrong, 1)
+        for arguments in (dict(T=1), dict(schedule="sine"), dict(predict="x")):
+            with self.assertRaises(ValueError):
+                DDPM(None, (1, 2, 2), **arguments)
+        for steps, eta in ((0, 0), (11, 0), (5, -0.1), (5, 1.1), (5, math.nan)):
+            with self.assertRaises(ValueError):
+                ddpm.sample(1, steps, eta)
+
+
+class TestLoss(Test):
+    def test_t_is_uniform_and_both_ends_are_drawn(self):
+        seen = []
+        ddpm = DDPM(lambda x, t: seen.append(t) or x, (1, 1, 1), 10)
+        ddpm.loss(torch.zeros(20_000, 1, 1, 1))
+        counts = torch.bincount(seen[0], minlength=11)
+        self.assertEqual(counts[0], 0)
+        self.assertLess((counts[1:] - 2000).abs().max(), 5 * (20_000 * 0.1 * 0.9) ** 0.5)
+
+    def test_value_for_a_known_denoiser(self):
+        # A network that says 0 is wrong by ‖ε‖²/D = 1 on average, or by ‖x_0‖²/D.
+        x_0 = torch.full((20_000, 1, 2, 2), 0.5)
+        zero = lambda x, t: torch.zeros_like(x)
+        self.assertClose(DDPM(zero, (1, 2, 2), predict="image").loss(x_0), 0.25)
+        self.assertAlmostEqual(DDPM(zero, (1, 2, 2)).loss(x_0).item(), 1, delta=5 * (2 / 80_000) ** 0.5)
+
+    def test_the_exact_denoiser_minimises_it(self):
+        # The least mean squared error is E Var[x_0 | x_t]; any other estimate adds its square.
+        world = MixtureWorld(50)
+        x_0 = world.data.sample(50_000).view(-1, 1, 1, 1)
+        x_t = world.image.q_sample(x_0, 25, torch.randn_like(x_0))
+        error = (world.image.predict_x0(x_t, 25) - x_0).flatten()
+        self.assertMean(error, 0)
+        for function in (torch.sin, torch.square):  # orthogonal to every function of x_t
+            self.assertMean(error * function(x_t).flatten(), 0)
+
+
+class TestMixture(Test):
+    """With the exact denoiser of a mixture the whole of section 2 has known answers."""
+
+    def test_score_is_the_gradient_of_log_p_t(self):
+        world = MixtureWorld(100)
+        for ddpm in (world.image, world.noise):
+            for t in (1, 20, 100):
+                x = torch.linspace(-1, 1, 21, dtype=torch.float64).requires_grad_()
+                gradient, = torch.autograd.grad(world.at(t).log_prob(x).sum(), x)
+                score = ddpm.score(x.detach().view(-1, 1, 1, 1), t)
+                self.assertClose(score.flatten(), gradient, rtol=1e-5)
+
+    def test_the_reverse_chain_draws_from_the_mixture(self):
+        world = MixtureWorld(4000)
+        for ddpm, sampler in ((world.image, {}), (world.noise, {"steps": 500})):
+            x = ddpm.sample(20_000, generator=torch.Generator().manual_seed(1), **sampler).flatten()
+            left = x < 0  # 0 is 5 σ from one mean and 4 σ from the other
+            self.assertMean(left, self.weight_of_the_left(world))
+            for k, part in ((0, x[left]), (1, x[~left])):
+                self.assertMean(part, world.mu[k].item())
+                # σ_q² is the least variance that a reverse step can have; the chain comes out
+                # narrower by about Σ [1 − α_t − σ_q²(t)], which falls like 1/T.
+                self.assertClose(part.std(), world.sigma[k], rtol=0.03)
+
+    def weight_of_the_left(self, world):
+        return (world.pi * Normal(world.mu, world.sigma).cdf(torch.zeros(1).double())).sum().item()
+
+    def test_noise_and_image_prediction_give_the_same_chain(self):
+        world = MixtureWorld(50)
+        for clip in (True, False):
+            chains = [ddpm.reverse_chain(100, clip, torch.Generator().manual_seed(1))
+                      for ddpm in (world.noise, world.image)]
+            for (t, x), (s, y) in zip(*chains, strict=True):
+                self.assertEqual(t, s)
+                self.assertClose(x, y)
+
+    def test_unclipped_steps_are_the_paper_s_formula_in_epsilon(self):
+        # §2.8: μ_θ(x_t) = [x_t − (1 − α_t)/√(1 − ᾱ_t) ε̂_θ(x_t)] / √α_t
+        world = MixtureWorld(50)
+        x_t = torch.randn(10, 1, 1, 1).double()
+        for t in range(1, 51):
+            a, a_bar = world.noise.alpha[t], world.noise.alpha_bar[t]
+            noise = world.noise_hat(x_t, torch.tensor([t]))
+            mean, _ = world.noise.p_transition(x_t, t, clip=False)
+            self.assertClose(mean, (x_t - (1 - a) / (1 - a_bar).sqrt() * noise) / a.sqrt())
+
+    def test_ddim_with_eta_1_and_all_steps_is_the_reverse_chain(self):
+        world = MixtureWorld(50)
+        for clip in (True, False):
+            chain = world.noise.reverse_chain(100, clip, torch.Generator().manual_seed(1))
+            ddim = world.noise.ddim_chain(100, 50, 1.0, clip, torch.Generator().manual_seed(1))
+            for (t, x), (s, y) in zip(chain, ddim, strict=True):
+                self.assertEqual(t, s)
+                self.assertClose(x, y, rtol=1e-5, atol=1e-6)
+
+    def test_ddim_visits_both_ends_and_is_deterministic(self):
+        ddpm = MixtureWorld(100).noise
+        for steps in (1, 2, 7, 50, 99, 100):
+            chains = [list(ddpm.ddim_chain(5, steps, generator=torch.Generator().manual_seed(1)))
+                      for _ in range(2)]
+            times = [t for t, _ in chains[0]]
+            self.assertEqual(times, sorted(set(times), reverse=True))
+            self.assertEqual((len(times), times[0], times[-1]), (steps + 1, 100, 0))
+            if steps > 1:
+                self.assertEqual(times[-2], 1)
+            for (_, x), (_, y) in zip(*chains):
+                self.assertTrue((x == y).all())
+
+    def test_elbo_lies_just_below_the_exact_log_probability(self):
+        # What separates the two is the variance: knowing which Gaussian it is in, x_{t−1} given x_t
+        # spreads by σ_q²(t) + c² Var[x_0 | x_t], with c the weight of x_0 in μ_q, but p_θ has only
+        # σ_q²(t). A variance too small by a factor r costs ½ (r − 1 − ln r) nats.
+        world = MixtureWorld(1000)
+        x_0 = world.data.sample(10_000).clamp(-1, 1)
+        x_0 = ((x_0 + 1) * 127.5).round() / 127.5 - 1
+        edges = torch.cat([x_0 - 1 / 255, x_0 + 1 / 255]).view(2, -1, 1)
+        cdf = (world.pi * Normal(world.mu, world.sigma).cdf(edges)).sum(-1)
+        log_p = (cdf[1] - cdf[0]).log()
+        one, times = torch.ones(999, 1, 1, 1).double(), torch.arange(2, 1001)
+        c, variance = world.image.q_posterior(0 * one, one, times)
+        a = world.alpha_bar[1:, None]
+        spread = world.sigma**2 * (1 - a) / (a * world.sigma**2 + 1 - a)  # Var[x_0 | x_t, k], (T, K)
+        r = torch.cat([spread[:1] / variance[0].view(1),  # the last step, to x_0, has σ_q²(2)
+                       1 + c.view(-1, 1)**2 * spread[1:] / variance.view(-1, 1)])
+        cost = (0.5 * (r - 1 - r.log()).sum(0) * world.pi).sum()
+        for ddpm in (world.image, world.noise):
+            terms = ddpm.elbo(x_0.view(-1, 1, 1, 1))
+            gap = log_p - (terms["reconstruction"] - terms["prior_matching"] - terms["consistency"])
+            error = gap.std() / len(gap) ** 0.5
+            self.assertGreater(gap.mean(), 5 * error)
+            self.assertLess((gap.mean() - cost).abs(), 5 * error + 0.01)
+
+
+class TestElbo(Test):
+    def test_pixel_masses(self):
+        pixels = (torch.arange(256).double() / 127.5 - 1)[:, None]
+        for std in (1e-3, 0.02, 1.0):
+            mean = torch.tensor([-1.2, -1, 0.123, 0.99, 5]).double()
+            std = torch.tensor(std).double()
+            log_mass = log_pixel_mass(pixels, mean, std)
+            self.assertClose(log_mass.exp().sum(0), torch.ones(5))
+            edges = (torch.arange(1, 256).double() - 0.5)[:, None] / 127.5 - 1
+            cdf = Normal(mean, std).cdf(edges)
+            mass = torch.diff(cdf, dim=0, prepend=torch.zeros(1, 5).double(), append=torch.ones(1, 5).double())
+            self.assertClose(log_mass.exp(), mass, rtol=1e-5, atol=1e-12)
+            far = log_pixel_mass(pixels.float(), mean.float(), std.float())
+            self.assertTrue(far.isfinite().all())
+            self.assertClose(far, log_mass, rtol=1e-3, atol=1e-3)
+
+    def test_terms_against_torch_distributions(self):
+        network = lambda x, t: 0.3 * x + 0.1
+        ddpm = DDPM(Double(network), (1, 4, 4), 20, "linear")
+        x_0 = torch.rand(3, 1, 4, 4).double() * 2 - 1
+        for clip in (True, False):
+            terms = ddpm.elbo(x_0, clip=clip, generator=torch.Generator().manual_seed(1))
+            noise = torch.Generator().manual_seed(1)
+            consistency = 0
+            for t in range(1, 21):  # elbo draws its x_t in this order
+                x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=noise, dtype=x_0.dtype))
+                if t > 1:
+                    q, p = (Normal(mean, variance.sqrt()) for mean, variance in (
+                        ddpm.q_posterior(x_t, x_0, t), ddpm.p_transition(x_t, t, clip)))
+                    consistency += kl_divergence(q, p).sum((1, 2, 3))
+            self.assertClose(terms["consistency"], consistency)
+            mean, variance = ddpm.q_marginal(x_0, 20)
+            prior = kl_divergence(Normal(mean, variance.sqrt()), Normal(0.0, 1.0)).sum((1, 2, 3))
+            self.assertClose(terms["prior_matching"], prior)
+
+    def test_estimate_from_k_times_is_unbiased(self):
+        ddpm = DDPM(Double(lambda x, t: 0.3 * x), (1, 2, 2), 20, "linear")
+        x_0 = (torch.rand(1, 1, 2, 2).double() * 2 - 1).expand(20_000, -1, -1, -1)
+        exact = ddpm.elbo(x_0)["consistency"].mean().item()
+        self.assertMean(ddpm.elbo(x_0, k=3)["consistency"], exact)
+
+    def test_bits_per_dim(self):
+        ddpm, x_0 = DDPM(Double(lambda x, t: x), (1, 2, 2), 10), torch.zeros(2, 1, 2, 2).double()
+        terms = {"reconstruction": torch.tensor([-4.0, 0]), "prior_matching": torch.tensor([1.0, 0]),
+                 "consistency": torch.tensor([3.0, 4])}
+        self.assertClose(ddpm.bits_per_dim(x_0, terms), torch.tensor([8.0, 4]) / (4 * math.log(2)))
+        self.assertEqual(ddpm.bits_per_dim(x_0).shape, (2,))
+
+
+# ------------------------------------------------------------------------------ the network
+
+
+class TestUNet(Test):
+    def test_the_published_parameter_count(self):
+        unet = UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1)
+        self.assertEqual(sum(p.numel() for p in unet.parameters()), 35_746_307)
+
+    def test_starts_at_zero_and_every_parameter_learns(self):
+        unet = UNet(1, channels=8, multipliers=(1, 2), blocks=1, attention=(0,))
+        x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
+        self.assertTrue((unet(x, t) == 0).all())
+        optimizer = torch.optim.SGD(unet.parameters(), 0.1)
+        for _ in range(4):  # the zeros of the last layers hide the others for a few steps
+            optimizer.zero_grad()
+            (unet(x, t) - x).square().mean().backward()
+            optimizer.step()
+        for name, parameter in unet.named_parameters():
+            if name.endswith("qkv.bias"):
+                # The softmax ignores what a bias of k adds to every position.
+                q, k, v = parameter.grad.chunk(3)
+                self.assertTrue(q.abs().sum() > 0 and v.abs().sum() > 0)
+            else:
+                self.assertGreater(parameter.grad.abs().sum().item(), 0, name)
+
+    def test_t_matters(self):
+        unet = self.random(UNet(1, channels=8, multipliers=(1, 2), attention=()))
+        x = torch.randn(1, 1, 8, 8).expand(1000, -1, -1, -1)
+        with torch.no_grad():
+            outputs = unet(x, torch.arange(1, 1001)).flatten(1)
+        self.assertGreater(torch.pdist(outputs).min().item(), 0)  # no two of 1000 t are confused
+
+    def test_images_of_a_batch_do_not_mix(self):
+        unet = self.random(UNet(2, channels=8, multipliers=(1, 2), attention=(1,))).double()
+        x, t = torch.randn(3, 2, 8, 12).double(), torch.tensor([5, 70, 900])
+        for i in range(3):
+            self.assertClose(unet(x, t)[i:i + 1].detach(), unet(x[i:i + 1], t[i:i + 1]).detach())
+
+    def test_attention_sees_the_whole_image(self):
+        for attention, reach in ((), False), ((0,), True):
+            unet = self.random(UNet(1, channels=8, multipliers=(1,), blocks=1, attention=attention))
+            unet.middle = nn.ModuleList()  # whose attention would always see everything
+            x, t = torch.randn(1, 1, 64, 8), torch.tensor([1])
+            y = x.clone()
+            y[0, 0, 0] += 1
+            for norm in (m for m in unet.modules() if isinstance(m, nn.GroupNorm)):
+                norm.forward = lambda h: h  # group statistics would see everything, too
+            changed = (unet(x, t) - unet(y, t)).abs()[0, 0, -1].max().item() > 0
+            self.assertEqual(changed, reach)
+
+    def random(self, unet):
+        """Without the zeros at the end of every branch."""
+        for parameter in unet.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        return unet
+
+    def test_bad_arguments(self):
+        for arguments in (dict(image_channels=0), dict(channels=6), dict(channels=0), dict(blocks=0),
+                          dict(multipliers=()), dict(multipliers=(1, 0)), dict(attention=(3,)),
+                          dict(attention=(-1,)), dict(dropout=1.0), dict(dropout=math.nan)):
+            with self.assertRaises(ValueError, msg=str(arguments)):
+                UNet(**arguments)
+        with self.assertRaisesRegex(ValueError, "30×28.*divisible by 4"):
+            UNet()(torch.zeros(1, 1, 30, 28), torch.ones(1))
+        with self.assertRaises(ValueError):
+            UNet()(torch.zeros(1, 3, 28, 28), torch.ones(1))
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def decode_png(path):
+    """The frames of a PNG or APNG, and their delays in seconds, by a reader of its own."""
+    data, chunks, at = path.read_bytes(), [], 8
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    while at < len(data):
+        length, kind = struct.unpack(">I4s", data[at:at + 8])
+        body, crc = data[at + 8:at + 8 + length], data[at + 8 + length:at + 12 + length]
+        assert struct.unpack(">I", crc)[0] == zlib.crc32(kind + body)
+        chunks.append((kind, body))
+        at += 12 + length
+    assert (chunks[0][0], chunks[-1]) == (b"IHDR", (b"IEND", b""))
+    width, height, depth, color, *rest = struct.unpack(">IIBBBBB", chunks[0][1])
+    assert (depth, rest) == (8, [0, 0, 0])
+    channels = {0: 1, 2: 3}[color]
+    frames, delays, sequence, announced = [], [], [], 1
+    for kind, body in chunks:
+        if kind == b"acTL":
+            announced = struct.unpack(">II", body)[0]
+        elif kind == b"fcTL":
+            fields = struct.unpack(">IIIIIHHBB", body)
+            assert fields[1:5] == (width, height, 0, 0)
+            sequence.append(fields[0])
+            delays.append(fields[5] / fields[6])
+        elif kind in (b"IDAT", b"fdAT"):
+            if kind == b"fdAT":
+                sequence.append(struct.unpack(">I", body[:4])[0])
+                body = body[4:]
+            rows = torch.tensor(list(zlib.decompress(body)), dtype=torch.uint8).view(height, -1)
+            assert (rows[:, 0] == 0).all()  # filter type 0: the bytes themselves
+            frames.append(rows[:, 1:].reshape(height, width, channels).permute(2, 0, 1))
+    assert sequence == list(range(len(sequence))) and announced == len(frames)
+    return frames, delays
+
+
+class FileTest(Test):
+    """With a folder of its own."""
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+
+class TestPNG(FileTest):
+    def test_pixels_come_back(self):
+        for channels in (1, 3):
+            frames = list(torch.randint(0, 256, (4, channels, 5, 7), dtype=torch.uint8))
+            sample.write_png(self.folder / "x.png", frames[:1])
+            decoded, delays = decode_png(self.folder / "x.png")
+            self.assertTrue(len(decoded) == 1 and (decoded[0] == frames[0]).all() and not delays)
+            sample.write_png(self.folder / "x.png", frames, seconds=0.1, last=1.5)
+            decoded, delays = decode_png(self.folder / "x.png")
+            self.assertTrue((torch.stack(decoded) == torch.stack(frames)).all())
+            self.assertEqual(delays, [0.1, 0.1, 0.1, 1.5])
+
+    def test_grid(self):
+        images = torch.arange(1, 6, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 6)
+        picture = sample.grid(images)
+        self.assertEqual(picture.shape, (3, 2 * 6 + 2, 3 * 8 + 2))
+        for i in range(5):
+            top, left = 2 + 6 * (i // 3), 2 + 8 * (i % 3)
+            self.assertTrue((picture[:, top:top + 4, left:left + 6] == i + 1).all())
+        self.assertEqual(picture.long().sum(), images.long().sum())
+
+    def test_to_uint8_and_back(self):
+        values = torch.arange(256, dtype=torch.uint8)
+        self.assertTrue((sample.to_uint8(train.to_float(values, torch.device("cpu"))) == values).all())
+        self.assertEqual(sample.to_uint8(torch.tensor([-9.0, 9])).tolist(), [0, 255])
+
+
+def write_idx(path, tensor, opener=open):
+    with opener(path, "wb") as file:
+        file.write(struct.pack(f">HBB{tensor.ndim}I", 0, 8, tensor.ndim, *tensor.shape)
+                   + bytes(tensor.flatten().tolist()))
+
+
+class TestData(FileTest):
+    def test_mnist_is_mnist(self):
+        published = {
+            "train-images-idx3": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "train-labels-idx1": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "t10k-images-idx3": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "t10k-labels-idx1": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"}
+        for name, expected in published.items():
+            content = gzip.decompress((MNIST / f"{name}-ubyte.gz").read_bytes())
+            self.assertEqual(hashlib.sha256(content).hexdigest(), expected)
+        images = train.load_images(MNIST, "train")
+        self.assertEqual((images.shape, images.dtype), ((60_000, 1, 28, 28), torch.uint8))
+        self.assertEqual(train.load_images(MNIST, "t10k").shape, (10_000, 1, 28, 28))
+
+    def test_gzipped_or_not(self):
+        images = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8)
+        for name, opener in (("train-images-idx3-ubyte.gz", gzip.open), ("t10k-images-idx3-ubyte", open)):
+            write_idx(self.folder / name, images, opener)
+            self.assertTrue((train.load_images(self.folder, name.split("-")[0])[:, 0] == images).all())
+
+    def test_damaged_files(self):
+        whole = gzip.decompress((MNIST / "t10k-labels-idx1-ubyte.gz").read_bytes())
+        path, packed = self.folder / "x", self.folder / "x.gz"
+        for content in (b"", b"\0\0\x08", whole[:7], whole[:-1], whole + b"\0", b"\0\0\x0d" + whole[3:], b"text"):
+            path.write_bytes(content)
+            packed.write_bytes(gzip.compress(content))
+            for file in (path, packed):
+                with self.assertRaisesRegex(ValueError, str(file)):
+                    train.read_idx(file)
+        for content in (whole, gzip.compress(whole)[:-20], b""):
+            packed.write_bytes(content)
+            with self.assertRaisesRegex(ValueError, str(packed)):
+                train.read_idx(packed)
+
+
+# ------------------------------------------------------------------------------ command lines
+
+TINY = {"ddpm": ["--channels", "8", "--multipliers", "1", "2", "--attention", "1", "--timesteps", "20"],
+        "vae": ["--channels", "8", "--latent-dim", "4"]}
+
+
+class CommandTest(FileTest):
+    """Runs the scripts as a user does, on 256 training and 64 test images of MNIST."""
+
+    def setUp(self):
+        super().setUp()
+        self.data, self.run_folder = self.folder / "data", self.folder / "run"
+        self.checkpoint = self.run_folder / "checkpoint.pt"
+        self.data.mkdir()
+        for split, count in (("train", 256), ("t10k", 64)):
+            images = train.read_idx(MNIST / f"{split}-images-idx3-ubyte.gz")[:count]
+            write_idx(self.data / f"{split}-images-idx3-ubyte", images)
+
+    def command(self, script, *arguments, status=0):
+        """Its standard output, or of a mistake, status 2, its one line on standard error."""
+        done = subprocess.run([sys.executable, HERE / script, *map(str, arguments)], cwd=self.folder,
+                              capture_output=True, text=True, timeout=120)
+        self.assertEqual(done.returncode, status, done.stderr)
+        if status == 2:
+            self.assertRegex(done.stderr, rf"^{script}: error: .*\n$")
+        return done.stderr if status == 2 else done.stdout
+
+    def train(self, model, *arguments, out=None):
+        return ["--model", model, "--data", self.data, "--out", out or self.run_folder,
+                "--batch-size", 16, "--precision", "fp32", *TINY[model], *arguments]
+
+    def metrics(self, folder=None):
+        with open((folder or self.run_folder) / "metrics.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+class TestEndToEnd(CommandTest):
+    def losses_fall(self):
+        rows = self.metrics()
+        self.assertEqual([int(row["step"]) for row in rows], [10, 20, 30, 40, 48])
+        self.assertEqual(float(rows[-1]["epoch"]), 3)
+        losses = [float(row["loss"]) for row in rows]
+        self.assertLess(losses[-1], 0.9 * losses[0])
+
+    def test_ddpm(self):
+        text = self.command("train.py", *self.train("ddpm", "--epochs", 3, "--lr", 0.01))
+        self.assertRegex(text, r"test ELBO -[\d.]+ nats, [\d.]+ bits/dim .*images/s.* sample\.py")
+        self.losses_fall()
+        for step in (16, 32, 48):
+            (picture,), _ = decode_png(self.run_folder / f"samples_{step:06d}.png")
+            self.assertEqual(picture.shape, (1, 8 * 30 + 2, 8 * 30 + 2))
+
+        tensor, film, strip = (self.folder / name for name in ("x.pt", "film.png", "strip.png"))
+        options = ["--checkpoint", self.checkpoint, "-n", 5]
+        self.command("sample.py", *options, "--out", tensor, "--chain", film, "--strip", strip)
+        images = torch.load(tensor, weights_only=True)
+        self.assertEqual((images.shape, images.dtype), ((5, 1, 28, 28), torch.uint8))
+        frames, delays = decode_png(film)
+        self.assertEqual(len(frames), 21)  # x_20, …, x_0
+        self.assertTrue((frames[-1] == sample.grid(images)).all())
+        (still,), _ = decode_png(strip)
+        self.assertEqual(still.shape, (1, 5 * 30 + 2, 11 * 30 + 2))
+
+        # The same seed gives the same images, in any form; another seed or sampler does not.
+        self.command("sample.py", *options, "--out", self.folder / "x.png")
+        (picture,), _ = decode_png(self.folder / "x.png")
+        self.assertTrue((picture == sample.grid(images)).all())
+        for other in (["--seed", 1], ["--steps", 5], ["--steps", 20, "--eta", 0.5]):
+            self.command("sample.py", *options, "--out", tensor, *other)
+            self.assertFalse((torch.load(tensor, weights_only=True) == images).all())
+
+    def test_vae(self):
+        text = self.command("train.py", *self.train("vae", "--epochs", 3))
+        self.assertRegex(text, r"test ELBO -?[\d.]+ nats, [\d.]+ bits/dim \(64 images\)")
+        self.losses_fall()
+        (picture,), _ = decode_png(self.run_folder / "reconstructions_000048.png")
+        originals = train.load_images(self.data, "t10k")
+        self.assertTrue((picture[:, 2:30, 2:30] == originals[0]).all())
+        self.command("sample.py", "--checkpoint", self.checkpoint)
+        (picture,), _ = decode_png(self.run_folder / "samples.png")
+        self.assertEqual(picture.shape, (1, 8 * 30 + 2, 8 * 30 + 2))
+
+    def test_help_shows_every_default(self):
+        text = " ".join(self.command("train.py", "--help").split())
+        for model, options in train.DEFAULTS.items():
+            for name, value in options.items():
+                self.assertIn("--" + name.replace("_", "-"), text)
+                value = " ".join(map(str, value)) if isinstance(value, list) else value
+                self.assertIn(f"{value} for {model}", text)
+
+
+class TestRuns(CommandTest):
+    def assertSame(self, a, b, where=""):
+        """Bit for bit."""
+        self.assertEqual(type(a), type(b), where)
+        if isinstance(a, dict):
+            self.assertEqual(a.keys(), b.keys(), where)
+            for key in a:
+                self.assertSame(a[key], b[key], f"{where}.{key}")
+        elif isinstance(a, list):
+            self.assertEqual(len(a), len(b), where)
+            for i, (x, y) in enumerate(zip(a, b)):
+                self.assertSame(x, y, f"{where}.{i}")
+        elif isinstance(a, torch.Tensor):
+            self.assertTrue(a.dtype == b.dtype and torch.equal(a, b), where)
+        else:
+            self.assertEqual(a, b, where)
+
+    def test_interrupted_and_resumed_equals_uninterrupted(self):
+        for model, ask, status in (("ddpm", signal.SIGINT, 130), ("vae", signal.SIGTERM, 143)):
+            straight, stopped = self.folder / f"{model}-straight", self.folder / f"{model}-stopped"
+            options = ["--steps", 205, "--dropout", 0.1][:4 if model == "ddpm" else 2]
+            self.command("train.py", *self.train(model, *options, out=straight))
+            process = subprocess.Popen(
+                [sys.executable, HERE / "train.py", *map(str, self.train(model, *options, out=stopped))],
+                cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            until = time.monotonic() + 60
+            while not (stopped / "metrics.csv").exists() or len(self.metrics(stopped)) < 2:
+                self.assertLess(time.monotonic(), until)
+                time.sleep(0.01)
+            process.send_signal(ask)
+            output, errors = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, status, errors)
+            self.assertNotIn("Traceback", errors)
+            self.assertIn("--resume", output)
+            step = torch.load(stopped / "checkpoint.pt", weights_only=True)["step"]
+            self.assertIn(f"stopped at step {step} of 205", output)
+            self.command("train.py", *output.split("train.py ")[1].split())
+
+            a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)
+                    for folder in (straight, stopped))
+            for key in ("config", "step", "losses", "model", "ema", "optimizer"):
+                self.assertSame(a[key], b[key], key)
+            for x, y in zip(self.metrics(straight), self.metrics(stopped), strict=True):
+                for column in ("step", "epoch", "loss", "lr"):
+                    self.assertEqual(x[column], y[column])
+
+    def test_ema(self):
+        # After step 1 it is the weights; then ema ← d ema + (1 − d) weights, with d = step/(step + 10).
+        options = self.train("vae", "--batch-size", 256)
+        self.command("train.py", *options, "--epochs", 1)
+        first = torch.load(self.checkpoint, weights_only=True)
+        self.assertSame(first["ema"], first["model"])
+        self.command("train.py", *options, "--epochs", 2, "--resume")
+        second = torch.load(self.checkpoint, weights_only=True)
+        for name, average in second["ema"].items():
+            self.assertClose(average, 2 / 12 * first["ema"][name] + 10 / 12 * second["model"][name],
+                             rtol=1e-4, atol=1e-7)
+
+    def test_mistakes_cost_one_line_and_nothing_on_disk(self):
+        self.command("train.py", *self.train("vae", "--steps", 1))
+        before = {path: path.read_bytes() for path in self.run_folder.iterdir()}
+        new = self.folder / "new"
+        for expected, arguments in (
+                ("--resume.*--out", self.train("vae")),
+                ("--lr 0.5.*began with", self.train("vae", "--resume", "--lr", 0.5)),
+                ("not an option of --model vae", self.train("vae", "--timesteps", 10, out=new)),
+                ("no such folder", self.train("vae", "--data", "nowhere", out=new)),
+                ("no IDX file", self.train("vae", "--data", HERE, out=new)),
+                ("--batch-size 257.*256 images", self.train("vae", "--batch-size", 257, out=new)),
+                ("divisible by 8", self.train("ddpm", "--multipliers", 1, 1, 1, 1, out=new)),
+                ("multiple of 4", self.train("ddpm", "--channels", 10, out=new)),
+                ("attention.*0 to 1", self.train("ddpm", "--attention", 5, out=new)),
+                ("--epochs", self.train("vae", "--epochs", 0, out=new)),
+                ("--lr", self.train("vae", "--lr", "nan", out=new)),
+                ("--timesteps", self.train("ddpm", "--timesteps", 1, out=new)),
+                ("--schedule", self.train("ddpm", "--schedule", "sine", out=new)),
+                ("--device", self.train("vae", "--device", "cuda:99", out=new)),
+                ("--device", self.train("vae", "--device", "gpu", out=new)),
+                ("no such file", self.train("vae", "--resume", out=new))):
+            with self.subTest(expected):
+                self.assertRegex(self.command("train.py", *arguments, status=2), expected)
+                self.assertFalse(new.exists())
+        text = self.folder / "text.pt"
+        text.write_text("not a checkpoint")
+        for expected, arguments in (
+                ("no runs/", []),
+                ("No such file", ["--checkpoint", "nowhere.pt"]),
+                ("not a checkpoint", ["--checkpoint", text]),
+                ("is a vae", ["--checkpoint", self.checkpoint, "--steps", 5]),
+                ("-n", ["--checkpoint", self.checkpoint, "-n", 0]),
+                ("--eta", ["--checkpoint", self.checkpoint, "--eta", 0.5]),
+                ("must end in", ["--checkpoint", self.checkpoint, "--out", "x.jpg"]),
+                ("no folder", ["--checkpoint", self.checkpoint, "--out", "nowhere/x.png"])):
+            with self.subTest(expected):
+                self.assertRegex(self.command("sample.py", *arguments, status=2), expected)
+        self.assertEqual(before, {path: path.read_bytes() for path in self.run_folder.iterdir()})
+
+
+@unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
+class TestCUDA(CommandTest):
+    def test_the_same_numbers_as_on_the_cpu(self):
+        ddpm, x = DDPM(UNet(channels=8), (1, 28, 28), T=20), torch.rand(4, 1, 28, 28) * 2 - 1
+        t = torch.tensor([1, 2, 10, 20])
+        for parameter in ddpm.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        with torch.no_grad():
+            there = ddpm.predict_x0(x, t), *ddpm.q_posterior(x, -x, t)
+            ddpm.cuda()
+            here = ddpm.predict_x0(x.cuda(), t.cuda()), *ddpm.q_posterior(x.cuda(), -x.cuda(), t)
+        for a, b in zip(here, there):
+            self.assertEqual(a.device.type, "cuda")
+            self.assertClose(a.cpu(), b, rtol=0.02, atol=0.02)
+
+    def test_both_models_end_to_end(self):
+        for model in ("vae", "ddpm"):
+            out = self.folder / model
+            self.command("train.py", *self.train(model, "--epochs", 2, "--device", "cuda",
+                                                 "--precision", "auto", out=out))
+            self.command("sample.py", "--checkpoint", out / "checkpoint.pt", "--device", "cuda")
+
+
+if __name__ == "__main__":
+    unittest.main()

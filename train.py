@@ -1,0 +1,339 @@
+"""Train a model of the tutorial (arXiv 2403.18103) on images.
+
+    python train.py --model vae       section 1
+    python train.py --model ddpm      section 2
+
+Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples after every epoch.
+One loop serves both models: batch → loss → backward → clip → optimiser → EMA.
+"""
+import csv
+import gzip
+import math
+import os
+import signal
+import struct
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ddpm import SCHEDULES
+from sample import (Parser, autocast, build_model, grid, number, pick_device, read_checkpoint,
+                    to_uint8, write_png)
+from vae import VAE
+
+# What --model leaves to choose, and how it is chosen where the command line does not say.
+DEFAULTS = {
+    "ddpm": dict(epochs=2, batch_size=32, lr=1e-3, seed=0, timesteps=1000, schedule="cosine",
+                 predict="noise", channels=32, multipliers=[1, 2, 2], blocks=1, attention=[2],
+                 dropout=0.0),
+    "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
+                channels=16),
+}
+# The test ELBO at the end: on how many images, and how it is estimated.
+EVALUATION = {"ddpm": (256, {"k": 20}), "vae": (10_000, {})}
+COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "seconds")
+ROW = 10  # steps between two rows of metrics.csv
+WARM_UP = 0.05  # of the run
+EMA_DECAY = 0.9999
+CLIP = 1.0  # norm of the gradient
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def read_idx(path: Path) -> Tensor:
+    """An IDX file, gzipped or not, as a uint8 tensor. Raises ValueError if it is anything else."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            raw = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error})") from error
+    # Two zero bytes, 8 for uint8, the number of dimensions, each dimension as a big-endian uint32.
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"{path}: not an IDX file of bytes")
+    shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
+    offset = 4 + 4 * raw[3]
+    if len(raw) != offset + math.prod(shape):
+        raise ValueError(f"{path}: the header says {shape}, {math.prod(shape)} bytes, "
+                         f"but {len(raw) - offset} follow")
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[offset:].view(shape)
+
+
+def load_images(folder: Path, split: str) -> Tensor:
+    """The "train" or "t10k" (test) images of a folder like MNIST's: uint8 (N, 1, H, W)."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; --data takes one with IDX files like data/mnist")
+    name = f"{split}-images-idx3-ubyte"
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            images = read_idx(path)
+            if images.ndim != 3 or not len(images):
+                raise ValueError(f"{path}: expected images (N, H, W), got {tuple(images.shape)}")
+            return images[:, None]
+    raise ValueError(f"{folder}: no IDX file {name} or {name}.gz")
+
+
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """0..255 to [-1, 1], on the device."""
+    return images.to(device).float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------ options
+
+
+def parse_args(argv: list[str] | None):
+    """The parser, and the options by name: None for those of DEFAULTS that were not given."""
+    parser = Parser(prog="train.py", description="Train a model of the tutorial on images.")
+
+    def add(name: str, help: str, **kwargs):
+        key = name[2:].replace("-", "_")
+        defaults = [f"{' '.join(map(str, value)) if isinstance(value, list) else value} for {model}"
+                    for model, options in DEFAULTS.items() if (value := options.get(key)) is not None]
+        if defaults:
+            help += f" (default: {', '.join(defaults)})"
+        parser.add_argument(name, help=help, **kwargs)
+
+    count = number(int, 1, 10**9)
+    add("--model", "what to train", choices=list(DEFAULTS), required=True)
+    add("--data", "folder with IDX files, gzipped or not (default: data/mnist)")
+    add("--out", "folder for the results (default: runs/<model>)", type=Path)
+    add("--epochs", "passes over the data", type=count)
+    add("--steps", "optimiser steps, instead of --epochs", type=count)
+    add("--batch-size", "images in a step", type=count)
+    add("--lr", "peak learning rate", type=number(float, 1e-9, 1))
+    add("--seed", "of every random number", type=number(int, 0, 2**63 - 1))
+    add("--device", "auto, cpu, cuda, cuda:N or mps (default: auto)", default="auto")
+    add("--precision", "auto is bf16 autocast on hardware that has bf16 (default: auto)",
+        choices=["auto", "fp32", "bf16"], default="auto")
+    add("--compile", "torch.compile the networks", action="store_true")
+    add("--resume", "go on with the run in --out", action="store_true")
+    add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
+    add("--schedule", "of alpha_t", choices=list(SCHEDULES))
+    add("--predict", "what the U-Net predicts", choices=["noise", "image"])
+    add("--channels", "width of the network's first level", type=count)
+    add("--multipliers", "width of each level over --channels", type=count, nargs="+", metavar="M")
+    add("--blocks", "residual blocks a level", type=count)
+    add("--attention", "levels with attention; 0 is full resolution", nargs="*", metavar="LEVEL",
+        type=number(int, 0, 10**9))
+    add("--dropout", "in the residual blocks", type=number(float, 0, 0.999))
+    add("--latent-dim", "length of z", type=count)
+    add("--decoder-std", "sigma of p(x|z), for pixels in [-1, 1]", type=number(float, 1e-6, 1e6))
+    return parser, parser.parse_args(argv)
+
+
+def configure(args, saved: dict | None) -> dict:
+    """What defines a run and is kept in its checkpoint: the options given over DEFAULTS, or over
+    those of the saved run, of which only the length may change. Raises ValueError."""
+    known = {"model": args.model, "data": "data/mnist", "steps": None, **DEFAULTS[args.model]}
+    every = {"data", "steps"}.union(*DEFAULTS.values())
+    given = {key: value for key, value in vars(args).items() if key in every and value is not None}
+    for key in given:
+        if key not in known:
+            raise ValueError(f"--{key.replace('_', '-')} is not an option of --model {args.model}")
+        if saved and key not in ("epochs", "steps") and given[key] != saved[key]:
+            raise ValueError(f"--{key.replace('_', '-')} {given[key]}: this run began with "
+                             f"{saved[key]}, and only --epochs or --steps may change")
+    if "epochs" in given or "steps" in given:
+        given = {"epochs": None, "steps": None, **given}
+    return {**(saved or known), **given}
+
+
+# ------------------------------------------------------------------------------ pictures, ELBO
+
+
+@torch.no_grad()
+def pictures(model: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
+    """By name: 64 samples, from the same noise every time, and for a VAE reconstructions beside
+    the originals x."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    if not isinstance(model, VAE):
+        return {"samples": model.sample(64, steps=min(50, model.T), generator=generator)}
+    mu, _ = model.encode(x)
+    pairs = torch.stack([x, model.decode(mu)], dim=1)
+    return {"samples": model.sample(64, generator), "reconstructions": pairs.flatten(0, 1)}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, device: torch.device, options: dict):
+    """The ELBO in nats per image and in bits/dim: means over the images."""
+    elbo = bits = 0.0
+    for batch in images.split(256):
+        x = to_float(batch, device)
+        terms = model.elbo(x, **options)
+        reconstruction, *costs = terms.values()
+        elbo += (reconstruction - sum(costs)).sum().item() / len(images)
+        bits += model.bits_per_dim(x, terms).sum().item() / len(images)
+    return elbo, bits
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def learning_rate(step: int, total: int) -> float:
+    """The share of --lr at this step: a linear warm-up, then half a cosine down to 0."""
+    return min(1, (step + 1) / (WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Path,
+          device: torch.device, precision: str, compiled: bool, state: dict | None):
+    """Train the model as configured, from the start or from a checkpoint's state."""
+    batch_size, seed = config["batch_size"], config["seed"]
+    per_epoch = len(images) // batch_size
+    total = config["steps"] or config["epochs"] * per_epoch
+    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
+        images = images.to(device)  # a batch then never crosses the bus
+
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
+    ema = AveragedModel(model)
+    step, seconds, losses = 0, 0.0, []  # seconds of training; losses since the last row
+    if state:
+        model.load_state_dict(state["model"])
+        ema.module.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds, losses = state["step"], state["seconds"], list(state["losses"])
+        ema.n_averaged.fill_(step)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate(step, total), last_epoch=step - 1)
+    ema.eval()
+    if compiled:
+        for network in model.children():
+            network.compile()
+
+    def save():
+        """All of it or nothing: a new file, complete on the disk, takes the old one's place."""
+        path = out / "checkpoint.tmp"
+        with open(path, "wb") as file:
+            torch.save({"format": 1, "config": config, "step": step, "seconds": seconds,
+                        "losses": losses, "model": model.state_dict(),
+                        "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path, out / "checkpoint.pt")
+
+    signals = []
+
+    def on_signal(number, frame):
+        """Stop after this step; the same signal once more stops at once."""
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    if not state:
+        save()  # from here on there always is a checkpoint to go on from
+
+    metrics = open_metrics(out / "metrics.csv", step)
+    cast, order, clock = autocast(device, precision), None, (step, time.perf_counter())
+    bar = tqdm(total=total * batch_size, initial=step * batch_size, unit=" images", unit_scale=True)
+    while step < total and not signals:
+        epoch, i = divmod(step, per_epoch)
+        # Every random number is a function of the seed and of where in the run it is drawn: a
+        # resumed run draws what the uninterrupted one would have drawn.
+        if order is None or i == 0:
+            shuffle = torch.Generator().manual_seed(hash((seed, epoch)))
+            order = torch.randperm(len(images), generator=shuffle).to(images.device)
+        torch.manual_seed(hash((seed, epoch, i)))
+        x = to_float(images[order[i * batch_size:(i + 1) * batch_size]], device)
+        with cast:
+            loss = model(x)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        lr, = schedule.get_last_lr()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        step += 1
+        # The decay is warmed up, so that the average spans the last tenth of the run so far and
+        # the random weights of its start are soon forgotten.
+        ema.multi_avg_fn = get_ema_multi_avg_fn(min(EMA_DECAY, step / (step + 10)))
+        ema.update_parameters(model)
+        losses.append(loss.detach())
+        bar.update(batch_size)
+
+        if step % ROW == 0 or step == total:
+            mean = torch.stack(losses).mean().item()
+            losses.clear()
+            (since, then), clock = clock, (step, time.perf_counter())
+            seconds += clock[1] - then
+            rate = (step - since) * batch_size / (clock[1] - then)
+            metrics.writerow([step, f"{step / per_epoch:.4f}", mean, lr, f"{rate:.1f}",
+                              f"{seconds:.3f}"])
+            bar.set_postfix(loss=f"{mean:.4f}")
+        if step % per_epoch == 0 or step == total:
+            save()
+            with cast:
+                for name, x in pictures(ema.module, to_float(test[:32], device), seed).items():
+                    write_png(out / f"{name}_{step:06d}.png", [grid(to_uint8(x))])
+            clock = (step, time.perf_counter())
+    bar.close()
+
+    command = f"--out {out}" if out != Path("runs") / config["model"] else ""
+    if step < total:
+        seconds += time.perf_counter() - clock[1]
+        save()
+        print(f"stopped at step {step:,} of {total:,}; to go on: "
+              f"python train.py --model {config['model']} --resume {command}".rstrip())
+        sys.exit(128 + signals[0])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # all is saved, nothing to stop for
+
+    n, options = EVALUATION[config["model"]]
+    torch.manual_seed(seed)
+    elbo, bits = evaluate(ema.module, test[:n], device, options)
+    print(f"test ELBO {elbo:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
+          + "".join(f", {key} = {value}" for key, value in options.items())
+          + f"); {step * batch_size / seconds:.0f} images/s; "
+          f"to sample: python sample.py --checkpoint {out / 'checkpoint.pt'}")
+
+
+def open_metrics(path: Path, step: int):
+    """A csv writer behind the rows up to this step; later ones are of a future that was lost."""
+    rows = []
+    if step and path.exists():
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    file = open(path, "w", newline="", buffering=1)  # line by line, so that it can be watched
+    writer = csv.writer(file)
+    writer.writerow(COLUMNS)
+    writer.writerows(row.values() for row in rows)
+    return writer
+
+
+def main(argv: list[str] | None = None):
+    parser, args = parse_args(argv)
+    out = args.out or Path("runs") / args.model
+    checkpoint = out / "checkpoint.pt"
+    try:
+        device = pick_device(args.device)
+        if checkpoint.exists() and not args.resume:
+            raise ValueError(f"{checkpoint} exists: --resume goes on with that run, and --out with "
+                             "another folder starts a new one")
+        if args.resume and not checkpoint.exists():
+            raise ValueError(f"{checkpoint}: no such file to --resume from")
+        state = read_checkpoint(checkpoint) if args.resume else None
+        config = configure(args, state and state["config"])
+        images, test = (load_images(Path(config["data"]), split) for split in ("train", "t10k"))
+        if config["batch_size"] > len(images):
+            raise ValueError(f"--batch-size {config['batch_size']}: {config['data']} has only "
+                             f"{len(images)} images")
+        config["image_shape"] = list(images.shape[1:])
+        torch.manual_seed(config["seed"])
+        model = build_model(config)
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
+          f"{'×'.join(map(str, config['image_shape']))}, on {device}")
+    train(config, model, images, test, out, device, args.precision, args.compile, state)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""The denoiser that section 2 of the tutorial (arXiv 2403.18103) calls x̂_θ(x_t) or ε̂_θ(x_t).
+
+The tutorial leaves the network open: anything that maps a noisy image x_t and its time t to an
+image of the same shape will do. This is the U-Net of "Denoising Diffusion Probabilistic Models"
+(arXiv 2006.11239), drawn for multipliers = (1, 2, 2):
+
+    x_t ─ stem ─ level 0 ──────────── skips ───────────── level 0 ─ head ─ x̂ or ε̂   H   × W
+                    └ ½ ─ level 1 ─── skips ─── level 1 ─ ×2 ┘                       H/2 × W/2
+                             └ ½ ─ level 2 ─ skips ─ level 2 ─ ×2 ┘                  H/4 × W/4
+                                      └── middle ──┘
+
+Every level is `blocks` residual blocks on the way down and `blocks` + 1 on the way up; each block
+on the way up also reads one output of the way down (the skips). All of them are told the time t.
+"""
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def time_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of t: (B,) -> (B, dim), dim even and at least 4.
+
+    Half sines, half cosines, with wavelengths growing geometrically from 2π to 10,000 · 2π: slow
+    ones place t roughly within 1..T, fast ones tell neighbouring t apart ("Attention Is All You
+    Need", arXiv 1706.03762).
+    """
+    exponent = torch.arange(dim // 2, device=t.device) / (dim // 2 - 1)
+    angle = t[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups, as in the paper, but never fewer than 4 channels in a group."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """The last layer of a residual branch starts at 0, so that a fresh deep network is the
+    identity plus nothing, and learns from its first step on."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(dropout(silu(norm(h)))) with h = conv(silu(norm(x))) + shift(t), then attention.
+
+    (B, c_in, H, W), time (B, c_time) -> (B, c_out, H, W). A 1×1 convolution takes x from c_in to
+    c_out channels where the two differ.
+    """
+
+    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, attend: bool):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.shift = nn.Linear(c_time, c_out)
+        self.norm2, self.conv2 = group_norm(c_out), zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out) if attend else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x))) + self.shift(F.silu(time))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.shortcut(x) + h)
+
+
+class Attention(nn.Module):
+    """x + single-head self-attention over all H·W positions: (B, c, H, W) -> (B, c, H, W)."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm, self.qkv = group_norm(c), nn.Conv2d(c, 3 * c, 1)
+        self.out = zero_init(nn.Conv2d(c, c, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H·W, 3c)
+        q, k, v = tokens[:, None].chunk(3, dim=-1)  # one head: (B, 1, H·W, c) each
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.out(h.transpose(1, 2).reshape(x.shape))
+
+
+class UNet(nn.Module):
+    """ε̂_θ(x_t, t) or x̂_θ(x_t, t): x_t (B, C, H, W) and t (B,) -> (B, C, H, W).
+
+    H and W must be divisible by 2^(levels − 1), where levels = len(multipliers).
+
+    Args:
+        image_channels: C.
+        channels: width of level 0, a multiple of 4.
+        multipliers: level i is channels · multipliers[i] wide and has 1/2^i of the resolution.
+        blocks: residual blocks a level on the way down (one more on the way up).
+        attention: the levels whose blocks end in self-attention, which costs (H·W)² at each; the
+            middle always has one.
+        dropout: probability inside the residual blocks.
+
+    UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1) is the
+    CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters.
+
+    Raises ValueError for a configuration that makes no network and for an H or W that does not
+    divide.
+    """
+
+    def __init__(self, image_channels: int = 1, channels: int = 32,
+                 multipliers: Sequence[int] = (1, 2, 2), blocks: int = 1,
+                 attention: Sequence[int] = (2,), dropout: float = 0.0):
+        super().__init__()
+        if image_channels < 1:
+            raise ValueError(f"image_channels must be at least 1, got {image_channels}")
+        if channels < 4 or channels % 4:
+            raise ValueError(f"channels must be a positive multiple of 4, got {channels}")
+        if not multipliers or min(multipliers) < 1:
+            raise ValueError(f"multipliers must be one or more numbers from 1, got {multipliers}")
+        if blocks < 1:
+            raise ValueError(f"blocks must be at least 1, got {blocks}")
+        if not set(attention) <= set(range(len(multipliers))):
+            raise ValueError(f"attention must name levels from 0 to {len(multipliers) - 1}, "
+                             f"got {attention}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.image_channels, self.channels = image_channels, channels
+        self.stride = 2 ** (len(multipliers) - 1)
+
+        c_time = 4 * channels
+        self.time = nn.Sequential(
+            nn.Linear(channels, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
+
+        def block(c_in: int, c_out: int, attend: bool) -> ResidualBlock:
+            return ResidualBlock(c_in, c_out, c_time, dropout, attend)
+
+        self.stem = nn.Conv2d(image_channels, channels, 3, padding=1)
+        levels = [(channels * m, level in attention) for level, m in enumerate(multipliers)]
+        skips = [c := channels]  # the widths of what the way up will read
+        self.down = nn.ModuleList()
+        for level, (width, attend) in enumerate(levels):
+            if level > 0:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+            for _ in range(blocks):
+                self.down.append(block(c, width, attend))
+                skips.append(c := width)
+
+        self.middle = nn.ModuleList([block(c, c, True), block(c, c, False)])
+
+        self.up = nn.ModuleList()
+        for level, (width, attend) in reversed(list(enumerate(levels))):
+            for _ in range(blocks + 1):
+                self.up.append(block(c + skips.pop(), width, attend))
+                c = width
+            if level > 0:
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
+                                             nn.Conv2d(c, c, 3, padding=1)))
+        self.head = nn.Sequential(
+            group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, image_channels, 3, padding=1)))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.image_channels:
+            raise ValueError(f"x must be (B, {self.image_channels}, H, W), got {tuple(x.shape)}")
+        if x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise ValueError(f"images of {x.shape[2]}×{x.shape[3]} pixels: height and width must "
+                             f"be divisible by {self.stride}, one halving a level")
+        time = self.time(time_embedding(t, self.channels).to(x.dtype))
+        h = self.stem(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, time) if isinstance(layer, ResidualBlock) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, time)
+        for layer in self.up:
+            if isinstance(layer, ResidualBlock):
+                h = layer(torch.cat([h, skips.pop()], dim=1), time)
+            else:
+                h = layer(h)
+        return self.head(h)

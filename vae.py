@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: MIT
+"""Section 1 of the tutorial (arXiv 2403.18103): the variational auto-encoder.
+
+Building Blocks (§1.1). An encoder turns the image x into a latent z, a decoder turns z back into
+an image, and both are distributions:
+
+    x ──> q_φ(z | x) ──> z ──> p_θ(x | z) ──> x̂            p(z) = N(0, I)
+
+`GaussianMixture` is the paper's worked example, in which all of them are known exactly; `VAE`
+learns them from images.
+"""
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.distributions import Normal
+
+
+class GaussianMixture:
+    """The example of §1.1: the latent is the number z = k of a Gaussian.
+
+    p(z = k) = π_k, p(x | k) = N(x | μ_k, σ_k² I), p(x) = Σ_k π_k N(x | μ_k, σ_k² I).
+
+    Args:
+        weights: π, (K,), positive; scaled to sum 1.
+        means: μ, (K,) for numbers x, or (K, d) for vectors x.
+        stds: σ, (K,), positive.
+    """
+
+    def __init__(self, weights, means, stds):
+        self.weights, self.means, self.stds = map(torch.as_tensor, (weights, means, stds))
+        K = self.weights.shape
+        if len(K) != 1 or self.means.shape[:1] != K or self.stds.shape != K:
+            raise ValueError(f"weights, means and stds must have one entry for each Gaussian, got "
+                             f"{tuple(K)}, {tuple(self.means.shape)}, {tuple(self.stds.shape)}")
+        if not ((self.weights > 0).all() and (self.stds > 0).all()):
+            raise ValueError(f"weights and stds must be positive, got {weights} and {stds}")
+        self.weights = self.weights / self.weights.sum()
+
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """k ~ π, then x ~ N(μ_k, σ_k² I): n independent x, (n,) or (n, d)."""
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        mean = self.decode(k)
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+        return mean + self.stds[k].view(-1, *[1] * (mean.ndim - 1)) * noise
+
+    def _log_joint(self, x: Tensor) -> Tensor:
+        """log π_k + log N(x | μ_k, σ_k² I): (n, K)."""
+        vectors = self.means.view(len(self.weights), -1)  # numbers are vectors with d = 1
+        density = Normal(vectors, self.stds[:, None]).log_prob(x.reshape(len(x), 1, -1))
+        return self.weights.log() + density.sum(-1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) = log Σ_k π_k N(x | μ_k, σ_k² I) in nats: (n,)."""
+        return self._log_joint(x).logsumexp(-1)
+
+    def posterior(self, x: Tensor) -> Tensor:
+        """p(k | x) = π_k N(x | μ_k, σ_k² I) / p(x), by Bayes' rule: (n, K), rows sum to 1."""
+        return self._log_joint(x).softmax(-1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """k̂(x) = arg max_k p(k | x): the most probable Gaussian, (n,) integers."""
+        return self.posterior(x).argmax(-1)
+
+    def decode(self, k: Tensor) -> Tensor:
+        """E[x | k] = μ_k: the picture that the code k stands for, (n,) or (n, d)."""
+        return self.means[k]
+
+
+class VAE(nn.Module):
+    """The variational auto-encoder of §1.
+
+        q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))      the encoder network gives μ_φ and log σ_φ²
+        p_θ(x | z) = N(x | decode_θ(z), σ_dec² I)     the decoder network gives the mean
+        p(z)       = N(z | 0, I)
+
+    Args:
+        image_shape: (C, H, W) with H and W at least 8.
+        latent_dim: d, the length of z.
+        channels: width at half resolution; twice that at quarter resolution.
+        decoder_std: σ_dec, on the scale of pixels in [-1, 1]. Small: sharp reconstructions, but
+            from z that together cover N(0, I) badly, so that samples look wrong. Large: the reverse.
+
+    Images are float tensors (B, C, H, W) in [-1, 1]. Bad arguments raise ValueError.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 8,
+                 channels: int = 16, decoder_std: float = 0.6):
+        super().__init__()
+        C, H, W = image_shape
+        if C < 1 or H < 8 or W < 8:
+            raise ValueError(f"image_shape must be (C, H, W) with H and W at least 8, "
+                             f"got {tuple(image_shape)}")
+        if latent_dim < 1 or channels < 1:
+            raise ValueError(f"latent_dim and channels must be at least 1, "
+                             f"got {latent_dim} and {channels}")
+        if not 0 < decoder_std < math.inf:
+            raise ValueError(f"decoder_std must be positive and finite, got {decoder_std}")
+        self.image_shape, self.latent_dim = tuple(image_shape), latent_dim
+        self.decoder_std = decoder_std
+
+        # Two halvings down, two doublings up. GroupNorm is what keeps training from settling, in
+        # its first steps, for q_φ(z | x) = p(z) and one average image ("posterior collapse").
+        def activation(c: int) -> nn.Module:
+            return nn.Sequential(nn.GroupNorm(math.gcd(8, c), c), nn.SiLU())
+
+        c, h, w = channels, math.ceil(H / 4), math.ceil(W / 4)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(C, c, 3, stride=2, padding=1), activation(c),
+            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), activation(2 * c),
+            nn.Conv2d(2 * c, 2 * c, 3, padding=1), activation(2 * c),
+            nn.Flatten(), nn.Linear(2 * c * h * w, 16 * c), nn.SiLU(),
+            nn.Linear(16 * c, 2 * latent_dim))
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim, 16 * c), nn.SiLU(), nn.Linear(16 * c, 2 * c * h * w),
+            nn.Unflatten(1, (2 * c, h, w)), activation(2 * c),
+            nn.Conv2d(2 * c, 2 * c, 3, padding=1), activation(2 * c),
+            nn.Conv2d(2 * c, 4 * c, 3, padding=1), nn.PixelShuffle(2), activation(c),
+            nn.Conv2d(c, 4 * C, 3, padding=1), nn.PixelShuffle(2), nn.Tanh())
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q_φ(z | x): its (mu, log_var), (B, d) each."""
+        if x.shape[1:] != self.image_shape or not x.is_floating_point():
+            raise ValueError(f"expected float images (B, {', '.join(map(str, self.image_shape))}), "
+                             f"got {x.dtype} {tuple(x.shape)}")
+        return self.encoder(x).to(x.dtype).chunk(2, dim=1)
+
+    def reparameterize(self, mu: Tensor, log_var: Tensor) -> Tensor:
+        """z = μ + σ ⊙ ε with ε ~ N(0, I), (B, d).
+
+        Training VAE (§1.3): z ~ q_φ(z | x) written so that z is a differentiable function of φ.
+        """
+        return mu + (0.5 * log_var).exp() * torch.randn_like(mu)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """decode_θ(z), the mean of p_θ(x | z): (B, d) -> (B, C, H, W) in [-1, 1]."""
+        _, H, W = self.image_shape
+        return self.decoder(z)[:, :, :H, :W].to(z.dtype)  # 4 ⌈H/4⌉ may be more than H
+
+    def elbo(self, x: Tensor) -> dict[str, Tensor]:
+        """The two terms of the Evidence Lower Bound (§1.2), each (B,), in nats per image:
+
+            log p(x) ≥ ELBO = reconstruction − kl
+            reconstruction = E_{q_φ(z | x)} log N(x | decode_θ(z), σ_dec² I), from one sample of z
+            kl             = KL(q_φ(z | x) ‖ N(0, I)) = ½ Σ (σ_φ² + μ_φ² − 1 − log σ_φ²)
+
+        Loss Function (§1.4) drops the constant −D/2 log(2π σ_dec²) of the Gaussian; here it is
+        kept, so that this is a bound on the log-density of x on [-1, 1]^D.
+        """
+        mu, log_var = self.encode(x)
+        x_hat = self.decode(self.reparameterize(mu, log_var))
+        reconstruction = Normal(x_hat, self.decoder_std).log_prob(x).flatten(1).sum(1)
+        kl = 0.5 * (log_var.exp() + mu.square() - 1 - log_var).sum(1)
+        return {"reconstruction": reconstruction, "kl": kl}
+
+    def loss(self, x: Tensor) -> Tensor:
+        """−ELBO / D (§1.4): a scalar, the mean over the batch, in nats for each of D pixels.
+
+        Its gradient is that of ‖x − decode_θ(z)‖² / 2σ_dec² + KL, divided by D.
+        """
+        terms = self.elbo(x)
+        return (terms["kl"] - terms["reconstruction"]).mean() / x[0].numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The loss, so that what wraps a module (data parallelism, say) can train this one."""
+        return self.loss(x)
+
+    def bits_per_dim(self, x: Tensor, terms: dict[str, Tensor] | None = None) -> Tensor:
+        """−ELBO / (D ln 2) of x as 8-bit pixels: (B,).
+
+        The ELBO bounds a density; over a pixel's bin, 2/255 wide, that is a probability of
+        2/255 times as much. terms: what `elbo` gave for x; computed here where it is missing.
+        """
+        reconstruction, *costs = (terms or self.elbo(x)).values()
+        return ((sum(costs) - reconstruction) / x[0].numel() - math.log(2 / 255)) / math.log(2)
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """n new images (n, C, H, W) in [-1, 1]: Inference with VAE (§1.5).
+
+        z ~ N(0, I), x̂ = decode_θ(z): the mean of p_θ(x | z), without its white noise of σ_dec.
+        generator: on the model's device.
+        """
+        like = next(self.parameters())
+        z = torch.randn(n, self.latent_dim, generator=generator, dtype=like.dtype,
+                        device=like.device)
+        return self.decode(z)
