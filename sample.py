@@ -56,11 +56,12 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    have = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in have or (number and not (kind == "cuda" and number.isdecimal())):
+    kind, colon, index = name.partition(":")
+    have = {"cpu": 1, "cuda": torch.cuda.device_count(),
+            "mps": int(torch.backends.mps.is_available())}
+    if kind not in have or (colon and not (kind == "cuda" and index.isdecimal())):
         raise ValueError(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
-    if int(number or 0) >= have[kind]:
+    if int(index or 0) >= have[kind]:
         raise ValueError(f"--device {name}: this machine has {have[kind]} such devices; "
                          "--device auto takes what there is")
     return torch.device(name)
@@ -68,7 +69,8 @@ def pick_device(name: str) -> torch.device:
 
 def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager:
     """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware multiplies
-    bfloat16 itself (CUDA since Ampere, CPUs with AMX or AVX-512 BF16)."""
+    bfloat16 itself (CUDA since Ampere, CPUs with AMX or AVX-512 BF16). Never float16: its
+    largest number is 65504, and a loss that passes it is nan from there on."""
     if precision == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif precision == "auto" and device.type == "cpu":
@@ -155,8 +157,8 @@ def write_png(path: Path, frames: list[Tensor], seconds: float = 0.06, last: flo
             rows = frame.permute(1, 2, 0).reshape(H, W * C)
             data = zlib.compress(bytes(F.pad(rows, (1, 0)).flatten().tolist()), 9)  # filter 0
             if animated:
-                milliseconds = round(1000 * (last if i == len(frames) - 1 else seconds))
-                chunk(b"fcTL", struct.pack(">IIIIIHHBB", sequence, W, H, 0, 0, milliseconds, 1000, 0, 0))
+                delay = round(1000 * (last if i == len(frames) - 1 else seconds))
+                chunk(b"fcTL", struct.pack(">5I2H2B", sequence, W, H, 0, 0, delay, 1000, 0, 0))
                 sequence += 1
             if i == 0:
                 chunk(b"IDAT", data)
@@ -176,8 +178,8 @@ def evenly(last: int, count: int) -> list[int]:
 
 def draw(model: nn.Module, n: int, steps: int | None, eta: float, generator: torch.Generator,
          keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """n images as uint8 (n, C, H, W), with a progress bar; of a DDPM also, for the first of them,
-    what the chain looked like after i steps for each i in keep."""
+    """n images as uint8 (n, C, H, W), under a progress bar, and of a DDPM's first batch also what
+    it was after i steps, for every i in keep."""
     images, film = [], {}
     batches = [min(BATCH, n - start) for start in range(0, n, BATCH)]
     length = (steps or model.T) if isinstance(model, DDPM) else 1
@@ -185,7 +187,7 @@ def draw(model: nn.Module, n: int, steps: int | None, eta: float, generator: tor
         for batch in batches:
             if isinstance(model, DDPM):
                 for i, (_, x) in enumerate(model.chain(batch, steps, eta, generator)):
-                    bar.update(i > 0)
+                    bar.update(i > 0)  # the first is x_T itself
                     if i in keep and not images:
                         film[i] = to_uint8(x)
             else:
@@ -203,7 +205,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--steps", type=number(int, 1), help="ddpm: DDIM with so many steps (default: all T steps "
         "of the reverse chain)")
     add("--eta", type=number(float, 0, 1), help="ddpm, with --steps: DDIM's share of fresh noise, "
-        "0 to 1 (default: 0)")
+        "0 to 1 (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
@@ -232,6 +234,7 @@ def main(argv: list[str] | None = None):
                 check_output(option, path)
         if args.eta is not None and args.steps is None:
             raise ValueError("--eta goes with --steps: the full reverse chain has no eta")
+        args.eta = 1.0 if args.eta is None else args.eta
         device = pick_device(args.device)
         state = read_checkpoint(args.checkpoint)
         model = build_model(state["config"])
@@ -246,13 +249,14 @@ def main(argv: list[str] | None = None):
         parser.error(str(error))
 
     model.to(device).eval()
-    length = args.steps or getattr(model, "T", 1)
-    chain, strip = evenly(length, CHAIN_FRAMES), evenly(length, STRIP_FRAMES)
+    length = args.steps or getattr(model, "T", None)
+    chain = evenly(length, CHAIN_FRAMES) if args.chain else []
+    strip = evenly(length, STRIP_FRAMES) if args.strip else []
+    generator = torch.Generator(device).manual_seed(args.seed)
     try:
         with autocast(device):
-            images, film = draw(model, args.n, args.steps, args.eta or 0.0,
-                                torch.Generator(device).manual_seed(args.seed),
-                                (args.chain and chain or []) + (args.strip and strip or []))
+            images, film = draw(model, args.n, args.steps, args.eta, generator,
+                                chain + strip)
     except KeyboardInterrupt:
         sys.exit(130)
     if args.out.suffix == ".pt":

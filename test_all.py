@@ -24,7 +24,7 @@ from torch.distributions import (Categorical, MixtureSameFamily, MultivariateNor
 
 import sample
 import train
-from ddpm import DDPM, cosine_alphas, linear_alphas, log_pixel_mass
+from ddpm import DDPM, SCHEDULES, cosine_alphas, linear_alphas, log_pixel_mass
 from unet import UNet
 from vae import VAE, GaussianMixture
 
@@ -65,7 +65,8 @@ class TestGaussianMixture(Test):
     def test_density_and_posterior_against_torch_distributions(self):
         for name, mu in self.means.items():
             with self.subTest(name):
-                mixture, x = GaussianMixture(self.pi, mu, self.sigma), torch.randn(50, *mu.shape[1:]).double()
+                mixture = GaussianMixture(self.pi, mu, self.sigma)
+                x = torch.randn(50, *mu.shape[1:]).double()
                 vectors = mu.view(3, -1)
                 parts = torch.distributions.Independent(Normal(vectors, self.sigma[:, None]), 1)
                 oracle = MixtureSameFamily(Categorical(self.pi), parts)
@@ -86,9 +87,10 @@ class TestGaussianMixture(Test):
                 self.assertMean(x**2, (pi * (mu**2 + variance)).sum(0))
 
     def test_bad_arguments(self):
-        for arguments in (([1, 1], [0.0], [1.0]), ([0.5, -0.5], [0.0, 1], [1.0, 1]), ([1], [0.0], [0.0])):
+        for weights, means, stds in (([1, 1], [0.0], [1.0]), ([0.5, -0.5], [0.0, 1], [1.0, 1]),
+                                     ([1], [0.0], [0.0])):
             with self.assertRaises(ValueError):
-                GaussianMixture(*arguments)
+                GaussianMixture(weights, means, stds)
 
 
 def linear_vae(d=3, encoder_gain=1.0):
@@ -150,7 +152,8 @@ class TestVAE(Test):
         loss = vae.loss(x)
         torch.manual_seed(1)
         terms = vae.elbo(x)
-        self.assertClose(loss.item(), (terms["kl"] - terms["reconstruction"]).mean().item() / 784, rtol=1e-5)
+        elbo = (terms["reconstruction"] - terms["kl"]).mean().item()
+        self.assertClose(loss.item(), -elbo / 784, rtol=1e-5)
 
     def test_bits_per_dim_of_a_coarse_density(self):
         # Where the density hardly varies over a bin, its ELBO + log(bin width) is that of the mass.
@@ -203,7 +206,8 @@ class MixtureWorld:
         self.mu = torch.tensor([-0.5, 0.4], dtype=torch.float64)
         self.sigma = torch.tensor([0.05, 0.1], dtype=torch.float64)
         self.data = GaussianMixture(self.pi, self.mu, self.sigma)
-        self.alpha_bar = torch.cat([torch.ones(1).double(), train.SCHEDULES[schedule](T).cumprod(0)])
+        alpha = SCHEDULES[schedule](T)
+        self.alpha_bar = torch.cat([torch.ones(1).double(), alpha.cumprod(0)])
         self.image = DDPM(Double(self.x0_hat), (1, 1, 1), T, schedule, "image")
         self.noise = DDPM(Double(self.noise_hat), (1, 1, 1), T, schedule, "noise")
 
@@ -329,9 +333,10 @@ class TestLoss(Test):
     def test_value_for_a_known_denoiser(self):
         # A network that says 0 is wrong by ‖ε‖²/D = 1 on average, or by ‖x_0‖²/D.
         x_0 = torch.full((20_000, 1, 2, 2), 0.5)
-        zero = lambda x, t: torch.zeros_like(x)
-        self.assertClose(DDPM(zero, (1, 2, 2), predict="image").loss(x_0), 0.25)
-        self.assertAlmostEqual(DDPM(zero, (1, 2, 2)).loss(x_0).item(), 1, delta=5 * (2 / 80_000) ** 0.5)
+        image, noise = (DDPM(lambda x, t: torch.zeros_like(x), (1, 2, 2), predict=predict)
+                        for predict in ("image", "noise"))
+        self.assertClose(image.loss(x_0), 0.25)
+        self.assertAlmostEqual(noise.loss(x_0).item(), 1, delta=5 * (2 / 80_000) ** 0.5)
 
     def test_the_exact_denoiser_minimises_it(self):
         # The least mean squared error is E Var[x_0 | x_t]; any other estimate adds its square.
@@ -358,7 +363,7 @@ class TestMixture(Test):
 
     def test_the_reverse_chain_draws_from_the_mixture(self):
         world = MixtureWorld(4000)
-        for ddpm, sampler in ((world.image, {}), (world.noise, {"steps": 500})):
+        for ddpm, sampler in ((world.image, {}), (world.noise, {"steps": 500, "eta": 0.0})):
             x = ddpm.sample(20_000, generator=torch.Generator().manual_seed(1), **sampler).flatten()
             left = x < 0  # 0 is 5 σ from one mean and 4 σ from the other
             self.assertMean(left, self.weight_of_the_left(world))
@@ -425,7 +430,7 @@ class TestMixture(Test):
         one, times = torch.ones(999, 1, 1, 1).double(), torch.arange(2, 1001)
         c, variance = world.image.q_posterior(0 * one, one, times)
         a = world.alpha_bar[1:, None]
-        spread = world.sigma**2 * (1 - a) / (a * world.sigma**2 + 1 - a)  # Var[x_0 | x_t, k], (T, K)
+        spread = world.sigma**2 * (1 - a) / (a * world.sigma**2 + 1 - a)  # (T, K)
         r = torch.cat([spread[:1] / variance[0].view(1),  # the last step, to x_0, has σ_q²(2)
                        1 + c.view(-1, 1)**2 * spread[1:] / variance.view(-1, 1)])
         cost = (0.5 * (r - 1 - r.log()).sum(0) * world.pi).sum()
@@ -447,22 +452,22 @@ class TestElbo(Test):
             self.assertClose(log_mass.exp().sum(0), torch.ones(5))
             edges = (torch.arange(1, 256).double() - 0.5)[:, None] / 127.5 - 1
             cdf = Normal(mean, std).cdf(edges)
-            mass = torch.diff(cdf, dim=0, prepend=torch.zeros(1, 5).double(), append=torch.ones(1, 5).double())
+            mass = torch.cat([torch.zeros_like(cdf[:1]), cdf, torch.ones_like(cdf[:1])]).diff(dim=0)
             self.assertClose(log_mass.exp(), mass, rtol=1e-5, atol=1e-12)
             far = log_pixel_mass(pixels.float(), mean.float(), std.float())
             self.assertTrue(far.isfinite().all())
             self.assertClose(far, log_mass, rtol=1e-3, atol=1e-3)
 
     def test_terms_against_torch_distributions(self):
-        network = lambda x, t: 0.3 * x + 0.1
-        ddpm = DDPM(Double(network), (1, 4, 4), 20, "linear")
+        ddpm = DDPM(Double(lambda x, t: 0.3 * x + 0.1), (1, 4, 4), 20, "linear")
         x_0 = torch.rand(3, 1, 4, 4).double() * 2 - 1
         for clip in (True, False):
             terms = ddpm.elbo(x_0, clip=clip, generator=torch.Generator().manual_seed(1))
             noise = torch.Generator().manual_seed(1)
             consistency = 0
             for t in range(1, 21):  # elbo draws its x_t in this order
-                x_t = ddpm.q_sample(x_0, t, torch.randn(x_0.shape, generator=noise, dtype=x_0.dtype))
+                epsilon = torch.randn(x_0.shape, generator=noise, dtype=x_0.dtype)
+                x_t = ddpm.q_sample(x_0, t, epsilon)
                 if t > 1:
                     q, p = (Normal(mean, variance.sqrt()) for mean, variance in (
                         ddpm.q_posterior(x_t, x_0, t), ddpm.p_transition(x_t, t, clip)))
@@ -480,8 +485,8 @@ class TestElbo(Test):
 
     def test_bits_per_dim(self):
         ddpm, x_0 = DDPM(Double(lambda x, t: x), (1, 2, 2), 10), torch.zeros(2, 1, 2, 2).double()
-        terms = {"reconstruction": torch.tensor([-4.0, 0]), "prior_matching": torch.tensor([1.0, 0]),
-                 "consistency": torch.tensor([3.0, 4])}
+        terms = {"reconstruction": torch.tensor([-4.0, 0]),
+                 "prior_matching": torch.tensor([1.0, 0]), "consistency": torch.tensor([3.0, 4])}
         self.assertClose(ddpm.bits_per_dim(x_0, terms), torch.tensor([8.0, 4]) / (4 * math.log(2)))
         self.assertEqual(ddpm.bits_per_dim(x_0).shape, (2,))
 
@@ -491,7 +496,8 @@ class TestElbo(Test):
 
 class TestUNet(Test):
     def test_the_published_parameter_count(self):
-        unet = UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1)
+        unet = UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,),
+                    dropout=0.1)
         self.assertEqual(sum(p.numel() for p in unet.parameters()), 35_746_307)
 
     def test_starts_at_zero_and_every_parameter_learns(self):
@@ -543,9 +549,10 @@ class TestUNet(Test):
         return unet
 
     def test_bad_arguments(self):
-        for arguments in (dict(image_channels=0), dict(channels=6), dict(channels=0), dict(blocks=0),
-                          dict(multipliers=()), dict(multipliers=(1, 0)), dict(attention=(3,)),
-                          dict(attention=(-1,)), dict(dropout=1.0), dict(dropout=math.nan)):
+        for arguments in (dict(image_channels=0), dict(channels=6), dict(channels=0),
+                          dict(blocks=0), dict(multipliers=()), dict(multipliers=(1, 0)),
+                          dict(attention=(3,)), dict(attention=(-1,)),
+                          dict(dropout=1.0), dict(dropout=math.nan)):
             with self.assertRaises(ValueError, msg=str(arguments)):
                 UNet(**arguments)
         with self.assertRaisesRegex(ValueError, "30×28.*divisible by 4"):
@@ -624,7 +631,8 @@ class TestPNG(FileTest):
 
     def test_to_uint8_and_back(self):
         values = torch.arange(256, dtype=torch.uint8)
-        self.assertTrue((sample.to_uint8(train.to_float(values, torch.device("cpu"))) == values).all())
+        back = sample.to_uint8(train.to_float(values, torch.device("cpu")))
+        self.assertTrue((back == values).all())
         self.assertEqual(sample.to_uint8(torch.tensor([-9.0, 9])).tolist(), [0, 255])
 
 
@@ -650,14 +658,16 @@ class TestData(FileTest):
 
     def test_gzipped_or_not(self):
         images = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8)
-        for name, opener in (("train-images-idx3-ubyte.gz", gzip.open), ("t10k-images-idx3-ubyte", open)):
-            write_idx(self.folder / name, images, opener)
-            self.assertTrue((train.load_images(self.folder, name.split("-")[0])[:, 0] == images).all())
+        write_idx(self.folder / "train-images-idx3-ubyte.gz", images, gzip.open)
+        write_idx(self.folder / "t10k-images-idx3-ubyte", images)
+        for split in ("train", "t10k"):
+            self.assertTrue((train.load_images(self.folder, split)[:, 0] == images).all())
 
     def test_damaged_files(self):
         whole = gzip.decompress((MNIST / "t10k-labels-idx1-ubyte.gz").read_bytes())
         path, packed = self.folder / "x", self.folder / "x.gz"
-        for content in (b"", b"\0\0\x08", whole[:7], whole[:-1], whole + b"\0", b"\0\0\x0d" + whole[3:], b"text"):
+        for content in (b"", b"\0\0\x08", whole[:7], whole[:-1], whole + b"\0",
+                        b"\0\0\x0d" + whole[3:], b"text"):
             path.write_bytes(content)
             packed.write_bytes(gzip.compress(content))
             for file in (path, packed):
@@ -671,8 +681,8 @@ class TestData(FileTest):
 
 # ------------------------------------------------------------------------------ command lines
 
-TINY = {"ddpm": ["--channels", "8", "--multipliers", "1", "2", "--attention", "1", "--timesteps", "20"],
-        "vae": ["--channels", "8", "--latent-dim", "4"]}
+TINY = {"ddpm": "--channels 8 --multipliers 1 2 --attention 1 --timesteps 20".split(),
+        "vae": "--channels 8 --latent-dim 4".split()}
 
 
 class CommandTest(FileTest):
@@ -689,8 +699,8 @@ class CommandTest(FileTest):
 
     def command(self, script, *arguments, status=0):
         """Its standard output, or of a mistake, status 2, its one line on standard error."""
-        done = subprocess.run([sys.executable, HERE / script, *map(str, arguments)], cwd=self.folder,
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, HERE / script, *map(str, arguments)],
+                              cwd=self.folder, capture_output=True, text=True, timeout=120)
         self.assertEqual(done.returncode, status, done.stderr)
         if status == 2:
             self.assertRegex(done.stderr, rf"^{script}: error: .*\n$")
@@ -782,9 +792,10 @@ class TestRuns(CommandTest):
             straight, stopped = self.folder / f"{model}-straight", self.folder / f"{model}-stopped"
             options = ["--steps", 205, "--dropout", 0.1][:4 if model == "ddpm" else 2]
             self.command("train.py", *self.train(model, *options, out=straight))
+            arguments = map(str, self.train(model, *options, out=stopped))
             process = subprocess.Popen(
-                [sys.executable, HERE / "train.py", *map(str, self.train(model, *options, out=stopped))],
-                cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                [sys.executable, HERE / "train.py", *arguments], cwd=self.folder,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             until = time.monotonic() + 60
             while not (stopped / "metrics.csv").exists() or len(self.metrics(stopped)) < 2:
                 self.assertLess(time.monotonic(), until)
@@ -807,7 +818,7 @@ class TestRuns(CommandTest):
                     self.assertEqual(x[column], y[column])
 
     def test_ema(self):
-        # After step 1 it is the weights; then ema ← d ema + (1 − d) weights, with d = step/(step + 10).
+        # After step 1 it is the weights; then ema ← d ema + (1 − d) weights, d = step/(step + 10).
         options = self.train("vae", "--batch-size", 256)
         self.command("train.py", *options, "--epochs", 1)
         first = torch.load(self.checkpoint, weights_only=True)

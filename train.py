@@ -30,7 +30,7 @@ from vae import VAE
 
 # What --model leaves to choose, and how it is chosen where the command line does not say.
 DEFAULTS = {
-    "ddpm": dict(epochs=2, batch_size=32, lr=1e-3, seed=0, timesteps=1000, schedule="cosine",
+    "ddpm": dict(steps=3300, batch_size=32, lr=1e-3, seed=0, timesteps=1000, schedule="cosine",
                  predict="noise", channels=32, multipliers=[1, 2, 2], blocks=1, attention=[2],
                  dropout=0.0),
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
@@ -69,7 +69,8 @@ def read_idx(path: Path) -> Tensor:
 def load_images(folder: Path, split: str) -> Tensor:
     """The "train" or "t10k" (test) images of a folder like MNIST's: uint8 (N, 1, H, W)."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; --data takes one with IDX files like data/mnist")
+        raise ValueError(f"{folder}: no such folder; --data takes one with IDX files, like "
+                         "data/mnist")
     name = f"{split}-images-idx3-ubyte"
     for path in (folder / name, folder / f"{name}.gz"):
         if path.exists():
@@ -94,10 +95,11 @@ def parse_args(argv: list[str] | None):
 
     def add(name: str, help: str, **kwargs):
         key = name[2:].replace("-", "_")
-        defaults = [f"{' '.join(map(str, value)) if isinstance(value, list) else value} for {model}"
-                    for model, options in DEFAULTS.items() if (value := options.get(key)) is not None]
+        defaults = {model: options[key] for model, options in DEFAULTS.items() if key in options}
         if defaults:
-            help += f" (default: {', '.join(defaults)})"
+            help += " (default: " + ", ".join(
+                f"{' '.join(map(str, value)) if isinstance(value, list) else value} for {model}"
+                for model, value in defaults.items()) + ")"
         parser.add_argument(name, help=help, **kwargs)
 
     count = number(int, 1, 10**9)
@@ -131,8 +133,9 @@ def parse_args(argv: list[str] | None):
 def configure(args, saved: dict | None) -> dict:
     """What defines a run and is kept in its checkpoint: the options given over DEFAULTS, or over
     those of the saved run, of which only the length may change. Raises ValueError."""
-    known = {"model": args.model, "data": "data/mnist", "steps": None, **DEFAULTS[args.model]}
-    every = {"data", "steps"}.union(*DEFAULTS.values())
+    known = {"model": args.model, "data": "data/mnist", "epochs": None, "steps": None,
+             **DEFAULTS[args.model]}
+    every = known.keys() - {"model"} | set().union(*DEFAULTS.values())
     given = {key: value for key, value in vars(args).items() if key in every and value is not None}
     for key in given:
         if key not in known:
@@ -219,13 +222,13 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
 
     signals = []
 
-    def on_signal(number, frame):
+    def on_signal(signum, frame):
         """Stop after this step; the same signal once more stops at once."""
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
     if not state:
         save()  # from here on there always is a checkpoint to go on from
 
@@ -281,8 +284,8 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
         print(f"stopped at step {step:,} of {total:,}; to go on: "
               f"python train.py --model {config['model']} --resume {command}".rstrip())
         sys.exit(128 + signals[0])
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # all is saved, nothing to stop for
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)  # all is saved: nothing to stop for
 
     n, options = EVALUATION[config["model"]]
     torch.manual_seed(seed)

@@ -79,7 +79,7 @@ class VAE(nn.Module):
         latent_dim: d, the length of z.
         channels: width at half resolution; twice that at quarter resolution.
         decoder_std: σ_dec, on the scale of pixels in [-1, 1]. Small: sharp reconstructions, but
-            from z that together cover N(0, I) badly, so that samples look wrong. Large: the reverse.
+            of z that together cover N(0, I) badly, so that samples look wrong. Large: the reverse.
 
     Images are float tensors (B, C, H, W) in [-1, 1]. Bad arguments raise ValueError.
     """
