@@ -10,8 +10,11 @@ import contextlib
 import math
 import struct
 import sys
+import warnings
 import zlib
 from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and no loss here
 
 import torch
 import torch.nn.functional as F

@@ -7,6 +7,7 @@ import csv
 import gzip
 import hashlib
 import math
+import shlex
 import signal
 import struct
 import subprocess
@@ -807,7 +808,7 @@ class TestRuns(CommandTest):
             self.assertIn("--resume", output)
             step = torch.load(stopped / "checkpoint.pt", weights_only=True)["step"]
             self.assertIn(f"stopped at step {step} of 205", output)
-            self.command("train.py", *output.split("train.py ")[1].split())
+            self.command("train.py", *shlex.split(output.split("train.py ")[1]))
 
             a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)
                     for folder in (straight, stopped))
@@ -836,6 +837,7 @@ class TestRuns(CommandTest):
         for expected, arguments in (
                 ("--resume.*--out", self.train("vae")),
                 ("--lr 0.5.*began with", self.train("vae", "--resume", "--lr", 0.5)),
+                ("--model ddpm.*began with vae", self.train("ddpm", "--resume")),
                 ("not an option of --model vae", self.train("vae", "--timesteps", 10, out=new)),
                 ("no such folder", self.train("vae", "--data", "nowhere", out=new)),
                 ("no IDX file", self.train("vae", "--data", HERE, out=new)),

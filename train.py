@@ -10,12 +10,16 @@ import csv
 import gzip
 import math
 import os
+import shlex
 import signal
 import struct
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and no loss here
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +139,7 @@ def configure(args, saved: dict | None) -> dict:
     those of the saved run, of which only the length may change. Raises ValueError."""
     known = {"model": args.model, "data": "data/mnist", "epochs": None, "steps": None,
              **DEFAULTS[args.model]}
-    every = known.keys() - {"model"} | set().union(*DEFAULTS.values())
+    every = known.keys() | set().union(*DEFAULTS.values())
     given = {key: value for key, value in vars(args).items() if key in every and value is not None}
     for key in given:
         if key not in known:
@@ -201,7 +205,8 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
         model.load_state_dict(state["model"])
         ema.module.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        step, seconds, losses = state["step"], state["seconds"], list(state["losses"])
+        step, seconds = state["step"], state["seconds"]
+        losses = list(torch.tensor(state["losses"], device=device))
         ema.n_averaged.fill_(step)
     schedule = LambdaLR(optimizer, lambda step: learning_rate(step, total), last_epoch=step - 1)
     ema.eval()
@@ -214,7 +219,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
         path = out / "checkpoint.tmp"
         with open(path, "wb") as file:
             torch.save({"format": 1, "config": config, "step": step, "seconds": seconds,
-                        "losses": losses, "model": model.state_dict(),
+                        "losses": [loss.item() for loss in losses], "model": model.state_dict(),
                         "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -277,12 +282,11 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
             clock = (step, time.perf_counter())
     bar.close()
 
-    command = f"--out {out}" if out != Path("runs") / config["model"] else ""
     if step < total:
         seconds += time.perf_counter() - clock[1]
         save()
-        print(f"stopped at step {step:,} of {total:,}; to go on: "
-              f"python train.py --model {config['model']} --resume {command}".rstrip())
+        print(f"stopped at step {step:,} of {total:,}; to go on: python train.py "
+              f"--model {config['model']} --out {shlex.quote(str(out))} --resume")
         sys.exit(128 + signals[0])
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)  # all is saved: nothing to stop for
@@ -326,7 +330,10 @@ def main(argv: list[str] | None = None):
         if config["batch_size"] > len(images):
             raise ValueError(f"--batch-size {config['batch_size']}: {config['data']} has only "
                              f"{len(images)} images")
-        config["image_shape"] = list(images.shape[1:])
+        shape = {"images": len(images), "image_shape": list(images.shape[1:])}
+        if state and not shape.items() <= config.items():
+            raise ValueError(f"{config['data']}: not the images that this run began with")
+        config.update(shape)
         torch.manual_seed(config["seed"])
         model = build_model(config)
         out.mkdir(parents=True, exist_ok=True)

@@ -34,13 +34,13 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, as in the paper, but never fewer than 4 channels in a group."""
+    """32 groups as in arXiv 2006.11239, or fewer, so that each has at least 4 channels."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """The last layer of a residual branch starts at 0, so that a fresh deep network is the
-    identity plus nothing, and learns from its first step on."""
+    """The last layer of a residual branch starts at 0: a fresh block passes x on unchanged, and
+    so the gradient, however deep the network."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -149,9 +149,9 @@ class VAE(nn.Module):
         """
         mu, log_var = self.encode(x)
         x_hat = self.decode(self.reparameterize(mu, log_var))
-        reconstruction = Normal(x_hat, self.decoder_std).log_prob(x).flatten(1).sum(1)
+        reconstruction = Normal(x_hat, self.decoder_std, validate_args=False).log_prob(x)
         kl = 0.5 * (log_var.exp() + mu.square() - 1 - log_var).sum(1)
-        return {"reconstruction": reconstruction, "kl": kl}
+        return {"reconstruction": reconstruction.flatten(1).sum(1), "kl": kl}
 
     def loss(self, x: Tensor) -> Tensor:
         """−ELBO / D (§1.4): a scalar, the mean over the batch, in nats for each of D pixels.
