@@ -115,10 +115,10 @@ def parse_args(argv: list[str] | None):
     add("--batch-size", "images in a step", type=count)
     add("--lr", "peak learning rate", type=number(float, 1e-9, 1))
     add("--seed", "of every random number", type=number(int, 0, 2**63 - 1))
-    add("--device", "auto, cpu, cuda, cuda:N or mps (default: auto)", default="auto")
+    add("--device", "auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--precision", "auto is bf16 autocast on hardware that has bf16 (default: auto)",
-        choices=["auto", "fp32", "bf16"], default="auto")
-    add("--compile", "torch.compile the networks", action="store_true")
+        choices=["auto", "fp32", "bf16"])
+    add("--compile", "torch.compile the networks", action="store_true", default=None)
     add("--resume", "go on with the run in --out", action="store_true")
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
@@ -136,17 +136,17 @@ def parse_args(argv: list[str] | None):
 
 def configure(args, saved: dict | None) -> dict:
     """What defines a run and is kept in its checkpoint: the options given over DEFAULTS, or over
-    those of the saved run, of which only the length may change. Raises ValueError."""
-    known = {"model": args.model, "data": "data/mnist", "epochs": None, "steps": None,
-             **DEFAULTS[args.model]}
+    those of the saved run, of which only some may change. Raises ValueError."""
+    free = {"epochs": None, "steps": None, "device": "auto", "precision": "auto", "compile": False}
+    known = {"model": args.model, "data": "data/mnist", **free, **DEFAULTS[args.model]}
     every = known.keys() | set().union(*DEFAULTS.values())
     given = {key: value for key, value in vars(args).items() if key in every and value is not None}
     for key in given:
         if key not in known:
             raise ValueError(f"--{key.replace('_', '-')} is not an option of --model {args.model}")
-        if saved and key not in ("epochs", "steps") and given[key] != saved[key]:
+        if saved and key not in free and given[key] != saved[key]:
             raise ValueError(f"--{key.replace('_', '-')} {given[key]}: this run began with "
-                             f"{saved[key]}, and only --epochs or --steps may change")
+                             f"{saved[key]}, and only --{', --'.join(free)} may change")
     if "epochs" in given or "steps" in given:
         given = {"epochs": None, "steps": None, **given}
     return {**(saved or known), **given}
@@ -189,7 +189,7 @@ def learning_rate(step: int, total: int) -> float:
 
 
 def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Path,
-          device: torch.device, precision: str, compiled: bool, state: dict | None):
+          device: torch.device, state: dict | None):
     """Train the model as configured, from the start or from a checkpoint's state."""
     batch_size, seed = config["batch_size"], config["seed"]
     per_epoch = len(images) // batch_size
@@ -210,7 +210,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
         ema.n_averaged.fill_(step)
     schedule = LambdaLR(optimizer, lambda step: learning_rate(step, total), last_epoch=step - 1)
     ema.eval()
-    if compiled:
+    if config["compile"]:
         for network in model.children():
             network.compile()
 
@@ -238,7 +238,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
         save()  # from here on there always is a checkpoint to go on from
 
     metrics = open_metrics(out / "metrics.csv", step)
-    cast, order, clock = autocast(device, precision), None, (step, time.perf_counter())
+    cast, order, clock = autocast(device, config["precision"]), None, (step, time.perf_counter())
     bar = tqdm(total=total * batch_size, initial=step * batch_size, unit=" images", unit_scale=True)
     while step < total and not signals:
         epoch, i = divmod(step, per_epoch)
@@ -318,7 +318,6 @@ def main(argv: list[str] | None = None):
     out = args.out or Path("runs") / args.model
     checkpoint = out / "checkpoint.pt"
     try:
-        device = pick_device(args.device)
         if checkpoint.exists() and not args.resume:
             raise ValueError(f"{checkpoint} exists: --resume goes on with that run, and --out with "
                              "another folder starts a new one")
@@ -326,6 +325,7 @@ def main(argv: list[str] | None = None):
             raise ValueError(f"{checkpoint}: no such file to --resume from")
         state = read_checkpoint(checkpoint) if args.resume else None
         config = configure(args, state and state["config"])
+        device = pick_device(config["device"])
         images, test = (load_images(Path(config["data"]), split) for split in ("train", "t10k"))
         if config["batch_size"] > len(images):
             raise ValueError(f"--batch-size {config['batch_size']}: {config['data']} has only "
@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None):
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
           f"{'×'.join(map(str, config['image_shape']))}, on {device}")
-    train(config, model, images, test, out, device, args.precision, args.compile, state)
+    train(config, model, images, test, out, device, state)
 
 
 if __name__ == "__main__":
