@@ -12,6 +12,7 @@ import struct
 import sys
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and no loss here
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """The argparse type of numbers from low to high: nan and inf are none."""
     def parse(text: str):
         value = kind(text)
@@ -258,8 +259,7 @@ def main(argv: list[str] | None = None):
     generator = torch.Generator(device).manual_seed(args.seed)
     try:
         with autocast(device):
-            images, film = draw(model, args.n, args.steps, args.eta, generator,
-                                chain + strip)
+            images, film = draw(model, args.n, args.steps, args.eta, generator, chain + strip)
     except KeyboardInterrupt:
         sys.exit(130)
     if args.out.suffix == ".pt":

@@ -6,6 +6,7 @@
 Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples after every epoch.
 One loop serves both models: batch → loss → backward → clip → optimiser → EMA.
 """
+import argparse
 import csv
 import gzip
 import math
@@ -93,7 +94,7 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------ options
 
 
-def parse_args(argv: list[str] | None):
+def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """The parser, and the options by name: None for those of DEFAULTS that were not given."""
     parser = Parser(prog="train.py", description="Train a model of the tutorial on images.")
 
@@ -134,7 +135,7 @@ def parse_args(argv: list[str] | None):
     return parser, parser.parse_args(argv)
 
 
-def configure(args, saved: dict | None) -> dict:
+def configure(args: argparse.Namespace, saved: dict | None) -> dict:
     """What defines a run and is kept in its checkpoint: the options given over DEFAULTS, or over
     those of the saved run, of which only some may change. Raises ValueError."""
     free = {"epochs": None, "steps": None, "device": "auto", "precision": "auto", "compile": False}
@@ -168,7 +169,8 @@ def pictures(model: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, device: torch.device, options: dict):
+def evaluate(model: nn.Module, images: Tensor, device: torch.device,
+             options: dict) -> tuple[float, float]:
     """The ELBO in nats per image and in bits/dim: means over the images."""
     elbo = bits = 0.0
     for batch in images.split(256):
