@@ -88,8 +88,10 @@ class DDPM(nn.Module):
                  image_shape: tuple[int, int, int], T: int = 1000,
                  schedule: str = "cosine", predict: str = "noise"):
         super().__init__()
-        if T < 2:
-            raise ValueError(f"T must be at least 2, got {T}")
+        if len(image_shape) != 3 or not all(isinstance(n, int) and n > 0 for n in image_shape):
+            raise ValueError(f"image_shape must be (C, H, W), got {image_shape}")
+        if not isinstance(T, int) or T < 2:
+            raise ValueError(f"T must be a whole number from 2, got {T}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if predict not in ("noise", "image"):
@@ -99,21 +101,25 @@ class DDPM(nn.Module):
         # The scalars α_t and ᾱ_t = α_1 α_2 … α_t. They stay float64 on the CPU, every formula
         # below is evaluated there, and only its result is cast: 1 − ᾱ_1 in float32 is already
         # wrong in the fourth digit.
-        self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), SCHEDULES[schedule](T)])
+        with torch.device("cpu"):
+            self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), SCHEDULES[schedule](T)])
         self.alpha_bar = self.alpha.cumprod(0)
 
-    def _index(self, x: Tensor, t: int | Tensor) -> Tensor:
-        """t, checked, as an index into the tables whose entries broadcast against x."""
-        t = torch.as_tensor(t).cpu()
-        if x.shape[1:] != self.image_shape or not x.is_floating_point():
-            raise ValueError(f"expected float images (B, {', '.join(map(str, self.image_shape))}), "
-                             f"got {x.dtype} {tuple(x.shape)}")
-        if t.shape not in ((), x.shape[:1]) or t.is_floating_point():
-            raise ValueError(f"t must be an int or {len(x)} integers, "
+    def _index(self, t: int | Tensor, *images: Tensor) -> Tensor:
+        """t, checked, as an index into the tables whose entries broadcast against the images,
+        which must all be (B, C, H, W)."""
+        batch, t = images[0].shape[:1], torch.as_tensor(t).cpu()
+        for x in images:
+            if x.shape != batch + self.image_shape or not x.is_floating_point():
+                shape = ", ".join(map(str, self.image_shape))
+                raise ValueError(f"expected float images ({batch.numel()}, {shape}), "
+                                 f"got {x.dtype} {tuple(x.shape)}")
+        if t.shape not in ((), batch) or t.is_floating_point():
+            raise ValueError(f"t must be an int or {batch.numel()} integers, "
                              f"got {t.dtype} {tuple(t.shape)}")
         if t.numel() and not 1 <= t.min() <= t.max() <= self.T:
             raise ValueError(f"t must be in 1..{self.T}, got {t.tolist()}")
-        return t.reshape(-1, 1, 1, 1)
+        return t.long().reshape(-1, 1, 1, 1)
 
     # ------------------------------------------------------------- the forward direction: q
 
@@ -123,7 +129,7 @@ class DDPM(nn.Module):
         The Magical Scalars √α_t and 1 − α_t (§2.2): with them, and no others, the variance of
         x_t tends to 1.
         """
-        t = self._index(x_prev, t)
+        t = self._index(t, x_prev)
         alpha = self.alpha[t]
         return alpha.sqrt().to(x_prev) * x_prev, (1 - alpha).to(x_prev)
 
@@ -132,12 +138,13 @@ class DDPM(nn.Module):
 
         Distribution q_φ(x_t | x_0) (§2.3): t transitions collapse into one.
         """
-        t = self._index(x_0, t)
+        t = self._index(t, x_0)
         alpha_bar = self.alpha_bar[t]
         return alpha_bar.sqrt().to(x_0) * x_0, (1 - alpha_bar).to(x_0)
 
     def q_sample(self, x_0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε with ε = noise ~ N(0, I) (§2.3)."""
+        self._index(t, x_0, noise)
         mean, variance = self.q_marginal(x_0, t)
         return mean + variance.sqrt() * noise
 
@@ -151,7 +158,7 @@ class DDPM(nn.Module):
 
         At t = 1 it is certain: μ_q = x_0 and σ_q²(1) = 0.
         """
-        t = self._index(x_t, t)
+        t = self._index(t, x_t, x_0)
         alpha, alpha_bar, alpha_bar_prev = self.alpha[t], self.alpha_bar[t], self.alpha_bar[t - 1]
         mean = (((1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)).to(x_t) * x_t
                 + ((1 - alpha) * alpha_bar_prev.sqrt() / (1 - alpha_bar)).to(x_t) * x_0)
@@ -162,8 +169,12 @@ class DDPM(nn.Module):
 
     def _denoise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """What the network says, in x_t's precision whatever autocast computed it in."""
-        t = self._index(x_t, t).flatten().expand(len(x_t))
-        return self.denoiser(x_t, t.to(x_t.device)).to(x_t.dtype)
+        t = self._index(t, x_t).flatten().expand(len(x_t))
+        output = self.denoiser(x_t, t.to(x_t.device))
+        if output.shape != x_t.shape:
+            raise ValueError(f"the denoiser returned {tuple(output.shape)} for images of "
+                             f"{tuple(x_t.shape)}")
+        return output.to(x_t.dtype)
 
     def _noise_between(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The ε that takes x_0 to x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε."""
@@ -177,7 +188,7 @@ class DDPM(nn.Module):
         """
         x0_hat = self._denoise(x_t, t)
         if self.predict == "noise":
-            alpha_bar = self.alpha_bar[self._index(x_t, t)]
+            alpha_bar = self.alpha_bar[self._index(t, x_t)]
             x0_hat = (x_t - (1 - alpha_bar).sqrt().to(x_t) * x0_hat) / alpha_bar.sqrt().to(x_t)
         return x0_hat.clamp(-1, 1) if clip else x0_hat
 
@@ -188,7 +199,7 @@ class DDPM(nn.Module):
 
     def score(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """∇ log p_t(x_t) ≈ −ε̂_θ(x_t) / √(1 − ᾱ_t), the s_θ of the paper's section 3."""
-        alpha_bar = self.alpha_bar[self._index(x_t, t)]
+        alpha_bar = self.alpha_bar[self._index(t, x_t)]
         return -self.predict_noise(x_t, t) / (1 - alpha_bar).sqrt().to(x_t)
 
     # ------------------------------------------------------------- training
@@ -263,7 +274,7 @@ class DDPM(nn.Module):
         consistency = torch.zeros_like(reconstruction)
         for t in times:
             error = x_0 - self.predict_x0(q_draw(t), t, clip)
-            t = self._index(x_0, t).flatten()
+            t = self._index(t, x_0).flatten()
             weight = 0.5 * (snr[t - 1] - snr[t]) / visits
             consistency += weight.to(x_0) * error.square().flatten(1).sum(1)
         return {"reconstruction": reconstruction, "prior_matching": prior_matching,

@@ -108,14 +108,14 @@ class UNet(nn.Module):
                  multipliers: Sequence[int] = (1, 2, 2), blocks: int = 1,
                  attention: Sequence[int] = (2,), dropout: float = 0.0):
         super().__init__()
-        if image_channels < 1:
-            raise ValueError(f"image_channels must be at least 1, got {image_channels}")
-        if channels < 4 or channels % 4:
+        if not isinstance(image_channels, int) or image_channels < 1:
+            raise ValueError(f"image_channels must be a whole number from 1, got {image_channels}")
+        if not isinstance(channels, int) or channels < 4 or channels % 4:
             raise ValueError(f"channels must be a positive multiple of 4, got {channels}")
-        if not multipliers or min(multipliers) < 1:
+        if not multipliers or not all(isinstance(m, int) and m >= 1 for m in multipliers):
             raise ValueError(f"multipliers must be one or more numbers from 1, got {multipliers}")
-        if blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {blocks}")
+        if not isinstance(blocks, int) or blocks < 1:
+            raise ValueError(f"blocks must be a whole number from 1, got {blocks}")
         if not set(attention) <= set(range(len(multipliers))):
             raise ValueError(f"attention must name levels from 0 to {len(multipliers) - 1}, "
                              f"got {attention}")
@@ -157,8 +157,12 @@ class UNet(nn.Module):
             group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, image_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.image_channels:
-            raise ValueError(f"x must be (B, {self.image_channels}, H, W), got {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] != self.image_channels or not x.is_floating_point():
+            raise ValueError(f"x must be float (B, {self.image_channels}, H, W), "
+                             f"got {x.dtype} {tuple(x.shape)}")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t must be ({len(x)},), one time for each image, "
+                             f"got {tuple(t.shape)}")
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"images of {x.shape[2]}×{x.shape[3]} pixels: height and width must "
                              f"be divisible by {self.stride}, one halving a level")

@@ -28,7 +28,8 @@ class GaussianMixture:
     """
 
     def __init__(self, weights, means, stds):
-        self.weights, self.means, self.stds = map(torch.as_tensor, (weights, means, stds))
+        self.weights, self.means, self.stds = (
+            1.0 * torch.as_tensor(values) for values in (weights, means, stds))
         K = self.weights.shape
         if len(K) != 1 or self.means.shape[:1] != K or self.stds.shape != K:
             raise ValueError(f"weights, means and stds must have one entry for each Gaussian, got "
@@ -87,16 +88,17 @@ class VAE(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 8,
                  channels: int = 16, decoder_std: float = 0.6):
         super().__init__()
-        C, H, W = image_shape
-        if C < 1 or H < 8 or W < 8:
+        if (len(image_shape) != 3 or not all(isinstance(n, int) for n in image_shape)
+                or image_shape[0] < 1 or min(image_shape[1:]) < 8):
             raise ValueError(f"image_shape must be (C, H, W) with H and W at least 8, "
-                             f"got {tuple(image_shape)}")
-        if latent_dim < 1 or channels < 1:
-            raise ValueError(f"latent_dim and channels must be at least 1, "
-                             f"got {latent_dim} and {channels}")
+                             f"got {image_shape}")
+        for name, value in (("latent_dim", latent_dim), ("channels", channels)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, got {value}")
         if not 0 < decoder_std < math.inf:
             raise ValueError(f"decoder_std must be positive and finite, got {decoder_std}")
-        self.image_shape, self.latent_dim = tuple(image_shape), latent_dim
+        C, H, W = self.image_shape = tuple(image_shape)
+        self.latent_dim = latent_dim
         self.decoder_std = decoder_std
 
         # Two halvings down, two doublings up. GroupNorm is what keeps training from settling, in
@@ -134,6 +136,9 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """decode_θ(z), the mean of p_θ(x | z): (B, d) -> (B, C, H, W) in [-1, 1]."""
+        if z.shape[1:] != (self.latent_dim,) or not z.is_floating_point():
+            raise ValueError(f"expected float z (B, {self.latent_dim}), "
+                             f"got {z.dtype} {tuple(z.shape)}")
         _, H, W = self.image_shape
         return self.decoder(z)[:, :, :H, :W].to(z.dtype)  # 4 ⌈H/4⌉ may be more than H
 
