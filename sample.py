@@ -3,14 +3,17 @@
 Inference with VAE (§1.5): decode z ~ N(0, I). Training and Inference (§2.7): run the reverse chain
 from x_T ~ N(0, I) to x_0, all T steps of it or, with --steps, a few of DDIM's.
 
-Also here, because train.py needs them too: checkpoints, devices, and PNG files.
+Also here, because train.py needs them too: devices, files, checkpoints and PNG pictures.
 """
 import argparse
 import contextlib
+import io
 import math
+import os
+import signal
 import struct
-import sys
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -85,32 +88,92 @@ def autocast(device: torch.device, precision: str = "auto") -> contextlib.Abstra
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
+# ------------------------------------------------------------------------------ files
+
+
+def write_file(path: Path, data: bytes):
+    """All of it or nothing: a new file, complete on the disk, takes the old one's place. Whatever
+    stops this, `path` is the old file or the new one. Raises OSError."""
+    new = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def save(path: Path, value):
+    """torch.save by way of `write_file`."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load(path: Path):
+    """What torch.save wrote to this file. OSError or ValueError for what can't be read.
+
+    weights_only: a file from elsewhere can't run code. torch.save writes a zip archive, but
+    torch.load checks neither its checksums nor that its parts are no larger than the file.
+    """
+    with open(path, "rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            sizes = sum(part.file_size for part in archive.infolist())
+            if sizes > path.stat().st_size or archive.testzip():
+                raise zipfile.BadZipFile
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes make zipfile and torch raise almost anything
+            raise ValueError(f"{path}: not a file of torch.save, or a damaged one") from error
+
+
 # ------------------------------------------------------------------------------ checkpoints
 
 
 def build_model(config: dict) -> nn.Module:
-    """The untrained model that a run's options describe. Raises ValueError if they make none."""
+    """The untrained model that a run's options describe."""
     shape = tuple(config["image_shape"])
     if config["model"] == "vae":
         return VAE(shape, config["latent_dim"], config["channels"], config["decoder_std"])
     denoiser = UNet(shape[0], config["channels"], config["multipliers"], config["blocks"],
                     config["attention"], config["dropout"])
-    denoiser(torch.zeros(1, *shape), torch.ones(1))  # the U-Net's own word on H and W
     return DDPM(denoiser, shape, config["timesteps"], config["schedule"], config["predict"])
 
 
+def plan_model(config: dict) -> nn.Module:
+    """`build_model` on the meta device, where a tensor has a shape but no memory: what the options
+    make, before it costs anything. Raises ValueError if they make nothing."""
+    with torch.device("meta"):
+        model = build_model(config)
+        if isinstance(model, DDPM):
+            model.denoiser(torch.zeros(1, *model.image_shape), torch.ones(1))  # H and W divide
+    return model
+
+
 def read_checkpoint(path: Path) -> dict:
-    """What train.py saved. weights_only: a file from elsewhere can't run code. OSError or
-    ValueError for what can't be read."""
+    """What train.py saved, with weights that fit its model. OSError or ValueError if it is not."""
+    state = load(path)
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    if state["format"] != 1:
+        raise ValueError(f"{path}: a checkpoint of another version of this code")
+
+    def shapes(weights: dict) -> set:
+        return {(name, tuple(weight.shape)) for name, weight in weights.items()}
+
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] == 1:
-            return state
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of train.py") from error
-    raise ValueError(f"{path}: a checkpoint of another version")
+        expected = shapes(plan_model(state["config"]).state_dict())
+        wrong = (shapes(state["model"]) ^ expected) | (shapes(state["ema"]) ^ expected)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint of train.py ({error})") from error
+    if wrong:
+        raise ValueError(f"{path}: the weights {min(wrong)[0]} are missing, or have another shape "
+                         "than the model's")
+    return state
 
 
 def newest_checkpoint() -> Path:
@@ -148,28 +211,29 @@ def write_png(path: Path, frames: list[Tensor], seconds: float = 0.06, last: flo
     """
     C, H, W = frames[0].shape
     animated, sequence = len(frames) > 1, 0
-    with open(path, "wb") as file:
-        def chunk(kind: bytes, data: bytes):
-            file.write(struct.pack(">I", len(data)) + kind + data
-                       + struct.pack(">I", zlib.crc32(kind + data)))
+    parts = [b"\x89PNG\r\n\x1a\n"]
 
-        file.write(b"\x89PNG\r\n\x1a\n")
-        chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, {1: 0, 3: 2}[C], 0, 0, 0))
+    def chunk(kind: bytes, data: bytes):
+        parts.append(struct.pack(">I", len(data)) + kind + data
+                     + struct.pack(">I", zlib.crc32(kind + data)))
+
+    chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, {1: 0, 3: 2}[C], 0, 0, 0))
+    if animated:
+        chunk(b"acTL", struct.pack(">II", len(frames), 0))
+    for i, frame in enumerate(frames):
+        rows = frame.permute(1, 2, 0).reshape(H, W * C)
+        data = zlib.compress(bytes(F.pad(rows, (1, 0)).flatten().tolist()), 9)  # filter 0
         if animated:
-            chunk(b"acTL", struct.pack(">II", len(frames), 0))
-        for i, frame in enumerate(frames):
-            rows = frame.permute(1, 2, 0).reshape(H, W * C)
-            data = zlib.compress(bytes(F.pad(rows, (1, 0)).flatten().tolist()), 9)  # filter 0
-            if animated:
-                delay = round(1000 * (last if i == len(frames) - 1 else seconds))
-                chunk(b"fcTL", struct.pack(">5I2H2B", sequence, W, H, 0, 0, delay, 1000, 0, 0))
-                sequence += 1
-            if i == 0:
-                chunk(b"IDAT", data)
-            else:
-                chunk(b"fdAT", struct.pack(">I", sequence) + data)
-                sequence += 1
-        chunk(b"IEND", b"")
+            delay = round(1000 * (last if i == len(frames) - 1 else seconds))
+            chunk(b"fcTL", struct.pack(">5I2H2B", sequence, W, H, 0, 0, delay, 1000, 0, 0))
+            sequence += 1
+        if i == 0:
+            chunk(b"IDAT", data)
+        else:
+            chunk(b"fdAT", struct.pack(">I", sequence) + data)
+            sequence += 1
+    chunk(b"IEND", b"")
+    write_file(path, b"".join(parts))
 
 
 # ------------------------------------------------------------------------------ command line
@@ -233,6 +297,8 @@ def main(argv: list[str] | None = None):
         args.checkpoint = args.checkpoint or newest_checkpoint()
         args.out = args.out or args.checkpoint.with_name("samples.png")
         check_output("--out", args.out, (".png", ".pt"))
+        if args.out in (args.checkpoint, args.out.with_name("checkpoint.pt")):
+            raise ValueError(f"--out {args.out}: that name is a checkpoint's")
         for option, path in (("--chain", args.chain), ("--strip", args.strip)):
             if path:
                 check_output(option, path)
@@ -260,19 +326,22 @@ def main(argv: list[str] | None = None):
     try:
         with autocast(device):
             images, film = draw(model, args.n, args.steps, args.eta, generator, chain + strip)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if args.out.suffix == ".pt":
-        torch.save(images, args.out)
-    else:
-        write_png(args.out, [grid(images)])
-    if args.chain:
-        write_png(args.chain, [grid(film[i]) for i in chain])
-    if args.strip:
-        rows = torch.stack([film[i][:STRIP_IMAGES] for i in strip], dim=1)
-        write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
+        if args.out.suffix == ".pt":
+            save(args.out, images)
+        else:
+            write_png(args.out, [grid(images)])
+        if args.chain:
+            write_png(args.chain, [grid(film[i]) for i in chain])
+        if args.strip:
+            rows = torch.stack([film[i][:STRIP_IMAGES] for i in strip], dim=1)
+            write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
+    except torch.OutOfMemoryError:
+        parser.error(f"{device} is out of memory: try a smaller -n")
+    except OSError as error:
+        parser.error(str(error))
     print("wrote", ", ".join(str(path) for path in (args.out, args.chain, args.strip) if path))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback: nothing to clean up
     main()
