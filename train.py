@@ -7,7 +7,6 @@ Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples aft
 One loop serves both models: batch → loss → backward → clip → optimiser → EMA.
 """
 import argparse
-import csv
 import gzip
 import math
 import os
@@ -23,14 +22,15 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and no loss here
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddpm import SCHEDULES
-from sample import (Parser, autocast, build_model, grid, number, pick_device, read_checkpoint,
-                    to_uint8, write_png)
+from sample import (Parser, autocast, build_model, grid, load, number, pick_device, plan_model,
+                    read_checkpoint, save, to_uint8, write_file, write_png)
 from vae import VAE
 
 # What --model leaves to choose, and how it is chosen where the command line does not say.
@@ -48,42 +48,68 @@ ROW = 10  # steps between two rows of metrics.csv
 WARM_UP = 0.05  # of the run
 EMA_DECAY = 0.9999
 CLIP = 1.0  # norm of the gradient
+# torchrun starts one process, a rank, for each device, and tells it this. The ranks share every
+# batch, only rank 0 writes, and DistributedDataParallel keeps their weights equal.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ------------------------------------------------------------------------------ data
 
 
 def read_idx(path: Path) -> Tensor:
-    """An IDX file, gzipped or not, as a uint8 tensor. Raises ValueError if it is anything else."""
+    """An IDX file of bytes, gzipped or not, as a uint8 tensor. OSError or ValueError otherwise."""
+    data = bytearray()
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            raw = file.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error})") from error
-    # Two zero bytes, 8 for uint8, the number of dimensions, each dimension as a big-endian uint32.
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
+            # Two zero bytes, 8 for uint8, the number of dimensions; each as a big-endian uint32.
+            magic, ndim = struct.unpack(">3sB", file.read(4))
+            shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
+            size = math.prod(shape)
+            while len(data) <= size and (chunk := file.read(2**20)):  # a header may lie
+                data += chunk
+    except (EOFError, gzip.BadGzipFile, zlib.error, struct.error) as error:
+        raise ValueError(f"{path}: not an IDX file, or a damaged one ({error})") from error
+    if magic != b"\0\0\x08":
         raise ValueError(f"{path}: not an IDX file of bytes")
-    shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
-    offset = 4 + 4 * raw[3]
-    if len(raw) != offset + math.prod(shape):
-        raise ValueError(f"{path}: the header says {shape}, {math.prod(shape)} bytes, "
-                         f"but {len(raw) - offset} follow")
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[offset:].view(shape)
+    if len(data) != size or not size:
+        raise ValueError(f"{path}: the header says {shape}, that is {size} bytes, but "
+                         f"{'more' if len(data) > size else len(data)} follow")
+    return torch.frombuffer(data, dtype=torch.uint8).view(shape)
 
 
-def load_images(folder: Path, split: str) -> Tensor:
-    """The "train" or "t10k" (test) images of a folder like MNIST's: uint8 (N, 1, H, W)."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; --data takes one with IDX files, like "
-                         "data/mnist")
-    name = f"{split}-images-idx3-ubyte"
+def load_idx_images(folder: Path, name: str) -> Tensor:
+    """The images of folder/name or folder/name.gz: uint8 (N, 1, H, W)."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.exists():
             images = read_idx(path)
-            if images.ndim != 3 or not len(images):
+            if images.ndim != 3:
                 raise ValueError(f"{path}: expected images (N, H, W), got {tuple(images.shape)}")
             return images[:, None]
     raise ValueError(f"{folder}: no IDX file {name} or {name}.gz")
+
+
+def load_images(data: Path) -> tuple[Tensor, Tensor]:
+    """Training and test images, uint8 (N, C, H, W) with C = 1 or 3, from a folder like MNIST's or
+    from a .pt file with one such tensor, of which every 32nd image is held out for testing."""
+    if data.suffix == ".pt":
+        images = load(data)
+        shape = tuple(getattr(images, "shape", ()))
+        kind = getattr(images, "dtype", type(images).__name__)
+        if (kind != torch.uint8 or len(shape) != 4 or 0 in shape or shape[0] < 2
+                or shape[1] not in (1, 3)):
+            raise ValueError(f"{data}: expected a uint8 tensor (N, C, H, W) with C = 1 or 3 and N "
+                             f"at least 2, got {kind} {shape}")
+        held_out = torch.arange(len(images)) % 32 == 0
+        return images[~held_out], images[held_out]
+    if not data.is_dir():
+        raise ValueError(f"{data}: no such folder; --data takes a folder of IDX files, like "
+                         "data/mnist, or a .pt file")
+    images = load_idx_images(data, "train-images-idx3-ubyte")
+    test = load_idx_images(data, "t10k-images-idx3-ubyte")
+    if images.shape[1:] != test.shape[1:]:
+        raise ValueError(f"{data}: training images {tuple(images.shape)}, but test images "
+                         f"{tuple(test.shape)}")
+    return images, test
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:
@@ -107,13 +133,14 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
                 for model, value in defaults.items()) + ")"
         parser.add_argument(name, help=help, **kwargs)
 
-    count = number(int, 1, 10**9)
+    count, width = number(int, 1, 10**9), number(int, 1, 10**5)
     add("--model", "what to train", choices=list(DEFAULTS), required=True)
-    add("--data", "folder with IDX files, gzipped or not (default: data/mnist)")
+    add("--data", "folder of IDX files, gzipped or not, or a .pt file of a uint8 tensor "
+        "(N, C, H, W) (default: data/mnist)")
     add("--out", "folder for the results (default: runs/<model>)", type=Path)
     add("--epochs", "passes over the data", type=count)
     add("--steps", "optimiser steps, instead of --epochs", type=count)
-    add("--batch-size", "images in a step", type=count)
+    add("--batch-size", "images in a step, of all devices together", type=count)
     add("--lr", "peak learning rate", type=number(float, 1e-9, 1))
     add("--seed", "of every random number", type=number(int, 0, 2**63 - 1))
     add("--device", "auto, cpu, cuda, cuda:N or mps (default: auto)")
@@ -124,13 +151,14 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
     add("--predict", "what the U-Net predicts", choices=["noise", "image"])
-    add("--channels", "width of the network's first level", type=count)
-    add("--multipliers", "width of each level over --channels", type=count, nargs="+", metavar="M")
-    add("--blocks", "residual blocks a level", type=count)
+    add("--channels", "width of the network's first level", type=width)
+    add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
+        nargs="+", metavar="M")
+    add("--blocks", "residual blocks a level", type=number(int, 1, 1000))
     add("--attention", "levels with attention; 0 is full resolution", nargs="*", metavar="LEVEL",
         type=number(int, 0, 10**9))
     add("--dropout", "in the residual blocks", type=number(float, 0, 0.999))
-    add("--latent-dim", "length of z", type=count)
+    add("--latent-dim", "length of z", type=width)
     add("--decoder-std", "sigma of p(x|z), for pixels in [-1, 1]", type=number(float, 1e-6, 1e6))
     return parser, parser.parse_args(argv)
 
@@ -185,14 +213,40 @@ def evaluate(model: nn.Module, images: Tensor, device: torch.device,
 # ------------------------------------------------------------------------------ training
 
 
+def catch_signals() -> list[int]:
+    """A list that SIGINT and SIGTERM will be added to. The same signal once more stops at once."""
+    signals = []
+
+    def on_signal(signum, frame):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+    return signals
+
+
 def learning_rate(step: int, total: int) -> float:
     """The share of --lr at this step: a linear warm-up, then half a cosine down to 0."""
     return min(1, (step + 1) / (WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
+def start_metrics(path: Path, step: int):
+    """Write the head of metrics.csv, and again the rows up to this step, where a resumed run has
+    some; later ones are of a future that was lost."""
+    rows = path.read_text().splitlines(keepends=True)[1:] if step and path.exists() else []
+    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    write_file(path, "".join([",".join(COLUMNS) + "\n", *kept]).encode())
+
+
 def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Path,
-          device: torch.device, state: dict | None):
-    """Train the model as configured, from the start or from a checkpoint's state."""
+          device: torch.device, state: dict | None) -> tuple[nn.Module, float]:
+    """Train the model as configured, from the start or from a checkpoint's state: returns its EMA
+    and the images/s. A signal ends the program, with all saved.
+
+    Raises OSError if a file can't be written, and FloatingPointError if the loss or its gradient
+    is not a finite number.
+    """
     batch_size, seed = config["batch_size"], config["seed"]
     per_epoch = len(images) // batch_size
     total = config["steps"] or config["epochs"] * per_epoch
@@ -215,104 +269,89 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
     if config["compile"]:
         for network in model.children():
             network.compile()
+    # Here the ranks wait for one another: none writes before all have found their input in order.
+    network = DistributedDataParallel(model) if RANKS > 1 else model
 
-    def save():
-        """All of it or nothing: a new file, complete on the disk, takes the old one's place."""
-        path = out / "checkpoint.tmp"
-        with open(path, "wb") as file:
-            torch.save({"format": 1, "config": config, "step": step, "seconds": seconds,
-                        "losses": [loss.item() for loss in losses], "model": model.state_dict(),
-                        "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path, out / "checkpoint.pt")
+    def checkpoint():
+        if RANK == 0:
+            save(out / "checkpoint.pt", {
+                "format": 1, "config": config, "step": step, "seconds": seconds,
+                "losses": [loss.item() for loss in losses], "model": model.state_dict(),
+                "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()})
 
-    signals = []
-
-    def on_signal(signum, frame):
-        """Stop after this step; the same signal once more stops at once."""
-        signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
+    signals = catch_signals()
     if not state:
-        save()  # from here on there always is a checkpoint to go on from
-
-    metrics = open_metrics(out / "metrics.csv", step)
+        checkpoint()  # from here on there always is a checkpoint to go on from
+    if RANK == 0:
+        start_metrics(out / "metrics.csv", step)
     cast, order, clock = autocast(device, config["precision"]), None, (step, time.perf_counter())
-    bar = tqdm(total=total * batch_size, initial=step * batch_size, unit=" images", unit_scale=True)
-    while step < total and not signals:
-        epoch, i = divmod(step, per_epoch)
-        # Every random number is a function of the seed and of where in the run it is drawn: a
-        # resumed run draws what the uninterrupted one would have drawn.
-        if order is None or i == 0:
-            shuffle = torch.Generator().manual_seed(hash((seed, epoch)))
-            order = torch.randperm(len(images), generator=shuffle).to(images.device)
-        torch.manual_seed(hash((seed, epoch, i)))
-        x = to_float(images[order[i * batch_size:(i + 1) * batch_size]], device)
-        with cast:
-            loss = model(x)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        lr, = schedule.get_last_lr()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        step += 1
-        # The decay is warmed up, so that the average spans the last tenth of the run so far and
-        # the random weights of its start are soon forgotten.
-        ema.multi_avg_fn = get_ema_multi_avg_fn(min(EMA_DECAY, step / (step + 10)))
-        ema.update_parameters(model)
-        losses.append(loss.detach())
-        bar.update(batch_size)
-
-        if step % ROW == 0 or step == total:
-            mean = torch.stack(losses).mean().item()
-            losses.clear()
-            (since, then), clock = clock, (step, time.perf_counter())
-            seconds += clock[1] - then
-            rate = (step - since) * batch_size / (clock[1] - then)
-            metrics.writerow([step, f"{step / per_epoch:.4f}", mean, lr, f"{rate:.1f}",
-                              f"{seconds:.3f}"])
-            bar.set_postfix(loss=f"{mean:.4f}")
-        if step % per_epoch == 0 or step == total:
-            save()
+    mean, stop = math.nan, torch.tensor(0)  # of the last row's losses; the signal to stop for
+    with tqdm(total=total * batch_size, initial=step * batch_size, unit=" images",
+              unit_scale=True, disable=RANK > 0) as bar:
+        while step < total and not stop:
+            epoch, i = divmod(step, per_epoch)
+            # Every random number is a function of the seed and of where in the run it is drawn: a
+            # resumed run draws what the uninterrupted one would have drawn.
+            if order is None or i == 0:
+                shuffle = torch.Generator().manual_seed(hash((seed, epoch)))
+                order = torch.randperm(len(images), generator=shuffle).to(images.device)
+            torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))
+            share = order[i * batch_size:(i + 1) * batch_size].chunk(RANKS)[RANK]
             with cast:
-                for name, x in pictures(ema.module, to_float(test[:32], device), seed).items():
-                    write_png(out / f"{name}_{step:06d}.png", [grid(to_uint8(x))])
-            clock = (step, time.perf_counter())
-    bar.close()
+                loss = network(to_float(images[share], device))
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            if not (loss + norm).isfinite():  # the weights are still good
+                raise FloatingPointError(f"step {step + 1:,}: the loss is {loss:.4g}, its gradient "
+                                         f"{norm:.4g}; the last loss was {[mean, *losses][-1]:.4g}")
+            lr, = schedule.get_last_lr()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            # The decay is warmed up, so that the average spans the last tenth of the run so far
+            # and the random weights of its start are soon forgotten.
+            ema.multi_avg_fn = get_ema_multi_avg_fn(min(EMA_DECAY, step / (step + 10)))
+            ema.update_parameters(model)
+            losses.append(loss.detach())
+            stop.fill_(max(signals, default=0))
+            if RANKS > 1:
+                distributed.all_reduce(losses[-1].div_(RANKS))
+                distributed.all_reduce(stop, distributed.ReduceOp.MAX)  # it reached them apart
+            bar.update(batch_size)
+
+            if step % ROW == 0 or step == total:
+                mean = torch.stack(losses).mean().item()
+                losses.clear()
+                (since, then), clock = clock, (step, time.perf_counter())
+                seconds += clock[1] - then
+                rate = (step - since) * batch_size / (clock[1] - then)
+                bar.set_postfix(loss=f"{mean:.4f}")
+                if RANK == 0:
+                    with open(out / "metrics.csv", "a") as file:  # row by row: it can be watched
+                        print(step, f"{step / per_epoch:.4f}", mean, lr, f"{rate:.1f}",
+                              f"{seconds:.3f}", sep=",", file=file)
+            if step % per_epoch == 0 or step == total:
+                checkpoint()
+                if RANK == 0:
+                    with cast:
+                        drawn = pictures(ema.module, to_float(test[:32], device), seed)
+                    for name, x in drawn.items():
+                        write_png(out / f"{name}_{step:06d}.png", [grid(to_uint8(x))])
+                clock = (step, time.perf_counter())
 
     if step < total:
         seconds += time.perf_counter() - clock[1]
-        save()
-        print(f"stopped at step {step:,} of {total:,}; to go on: python train.py "
-              f"--model {config['model']} --out {shlex.quote(str(out))} --resume")
-        sys.exit(128 + signals[0])
+        checkpoint()
+        if RANK == 0:
+            launcher = ("python" if RANKS == 1 else
+                        f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}")
+            print(f"stopped at step {step:,} of {total:,}; to go on: {launcher} train.py "
+                  f"--model {config['model']} --out {shlex.quote(str(out))} --resume")
+        sys.exit(128 + stop.item())
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)  # all is saved: nothing to stop for
-
-    n, options = EVALUATION[config["model"]]
-    torch.manual_seed(seed)
-    elbo, bits = evaluate(ema.module, test[:n], device, options)
-    print(f"test ELBO {elbo:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
-          + "".join(f", {key} = {value}" for key, value in options.items())
-          + f"); {step * batch_size / seconds:.0f} images/s; "
-          f"to sample: python sample.py --checkpoint {out / 'checkpoint.pt'}")
-
-
-def open_metrics(path: Path, step: int):
-    """A csv writer behind the rows up to this step; later ones are of a future that was lost."""
-    rows = []
-    if step and path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-    file = open(path, "w", newline="", buffering=1)  # line by line, so that it can be watched
-    writer = csv.writer(file)
-    writer.writerow(COLUMNS)
-    writer.writerows(row.values() for row in rows)
-    return writer
+    return ema.module, step * batch_size / seconds
 
 
 def main(argv: list[str] | None = None):
@@ -328,24 +367,59 @@ def main(argv: list[str] | None = None):
         state = read_checkpoint(checkpoint) if args.resume else None
         config = configure(args, state and state["config"])
         device = pick_device(config["device"])
-        images, test = (load_images(Path(config["data"]), split) for split in ("train", "t10k"))
+        images, test = load_images(Path(config["data"]))
         if config["batch_size"] > len(images):
             raise ValueError(f"--batch-size {config['batch_size']}: {config['data']} has only "
                              f"{len(images)} images")
+        if config["batch_size"] % RANKS:
+            raise ValueError(f"--batch-size {config['batch_size']}: not divisible among {RANKS} "
+                             "processes")
         shape = {"images": len(images), "image_shape": list(images.shape[1:])}
         if state and not shape.items() <= config.items():
             raise ValueError(f"{config['data']}: not the images that this run began with")
         config.update(shape)
+        size = sum(parameter.numel() for parameter in plan_model(config).parameters())
+        try:
+            torch.empty(5 * size, device=device)  # weights, gradient, Adam's two moments, EMA
+        except RuntimeError:
+            raise ValueError(f"{size:,} parameters do not fit into {device}'s memory") from None
         torch.manual_seed(config["seed"])
         model = build_model(config)
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
-          f"{'×'.join(map(str, config['image_shape']))}, on {device}")
-    train(config, model, images, test, out, device, state)
+
+    if RANKS > 1:
+        distributed.init_process_group()  # nccl for CUDA tensors, gloo for the CPU's
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+    if RANK == 0:
+        print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
+              f"{'×'.join(map(str, config['image_shape']))}, on {device}"
+              + (f" and {RANKS - 1} more" if RANKS > 1 else ""))
+    try:
+        ema, rate = train(config, model, images, test, out, device, state)
+    except FloatingPointError as error:
+        parser.error(f"{error}: start again with a lower --lr, or go on from the last checkpoint "
+                     f"with --resume --precision fp32")
+    except torch.OutOfMemoryError:
+        parser.error(f"{device} is out of memory: a smaller --batch-size takes less")
+    except OSError as error:
+        parser.error(f"{error}; once that is mended, --resume goes on from the last checkpoint")
+    finally:
+        if RANKS > 1:
+            distributed.destroy_process_group()
+    if RANK:
+        return
+    n, options = EVALUATION[config["model"]]
+    torch.manual_seed(config["seed"])
+    elbo, bits = evaluate(ema, test[:n], device, options)
+    print(f"test ELBO {elbo:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
+          + "".join(f", {key} = {value}" for key, value in options.items())
+          + f"); {rate:.0f} images/s; to sample: python sample.py --checkpoint {checkpoint}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, just stop
     main()
