@@ -116,14 +116,16 @@ def save(path: Path, value):
 def load(path: Path):
     """What torch.save wrote to this file. OSError or ValueError for what can't be read.
 
-    weights_only: a file from elsewhere can't run code. torch.save writes a zip archive, but
-    torch.load checks neither its checksums nor that its parts are no larger than the file.
+    weights_only: a file from elsewhere can't run code. torch.save writes a zip archive, of which
+    torch.load checks neither the checksums nor the sizes, and of a part that is marked as a folder
+    it takes what happens to be in memory.
     """
     with open(path, "rb") as file:
         try:
             archive = zipfile.ZipFile(file)
-            sizes = sum(part.file_size for part in archive.infolist())
-            if sizes > path.stat().st_size or archive.testzip():
+            parts = archive.infolist()
+            if (sum(part.file_size for part in parts) > path.stat().st_size
+                    or any(part.external_attr for part in parts) or archive.testzip()):
                 raise zipfile.BadZipFile
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)

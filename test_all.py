@@ -1004,9 +1004,20 @@ class TestRuns(CommandTest):
             for key in ("config", "step", "losses", "model", "ema", "optimizer"):
                 self.assertSame(a[key], b[key], f"{model} stopped at {step}: {key}")
 
-    def test_a_loss_that_is_no_number_stops_the_run(self):
+    def keep_signals(self):
         for handled in (signal.SIGINT, signal.SIGTERM):
             self.addCleanup(signal.signal, handled, signal.getsignal(handled))
+
+    def test_the_second_signal_stops_at_once(self):
+        self.keep_signals()
+        signals = train.catch_signals()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+            self.assertEqual(signals[-1], signum)
+            self.assertEqual(signal.getsignal(signum), signal.SIG_DFL)
+
+    def test_a_loss_that_is_no_number_stops_the_run(self):
+        self.keep_signals()
         loss, bad = VAE.loss, iter([1] * 19 + [math.nan] + [1] * 5 + [math.inf])
         options = self.train("vae", "--steps", 40)
         with mock.patch.object(VAE, "loss", lambda vae, x: next(bad) * loss(vae, x)):
@@ -1093,6 +1104,7 @@ class TestRuns(CommandTest):
         for expected, arguments in (
                 ("parameters do not fit", [*ddpm, "--channels", 10**5 - 4 * 8]),
                 ("divisible by 8", [*ddpm, "--multipliers", 1, 1, 1, 1]),
+                ("--epochs and --steps", [*vae, "--epochs", 1, "--steps", 1]),
                 ("--model", []), ("--model", ["--model", "gan"])):
             arguments += ["--data", self.data, "--out", new]
             self.assertMistake("train.py", arguments, expected)
@@ -1148,8 +1160,8 @@ class TestRuns(CommandTest):
         write_idx(training, images)
         check("no IDX file t10k", wrong)
         for model, expected, shape in (
-                ("vae", "expected images", (40, 784)), ("vae", "header says", (0, 28, 28)),
-                ("vae", "header says", (40, 0, 28)), ("vae", "test images", (40, 28, 27)),
+                ("vae", "expected images", (40, 784)), ("vae", "nothing in it", (0, 28, 28)),
+                ("vae", "nothing in it", (40, 0, 28)), ("vae", "test images", (40, 28, 27)),
                 ("vae", "only 3 images", (3, 28, 28)), ("vae", "at least 8", (40, 7, 7)),
                 ("ddpm", "1×1.*divisible by 4", (40, 1, 1)),
                 ("ddpm", "30×30.*divisible by 4", (40, 30, 30))):

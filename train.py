@@ -2,6 +2,7 @@
 
     python train.py --model vae       section 1
     python train.py --model ddpm      section 2
+    torchrun --nproc_per_node=4 train.py --model ddpm      on four devices
 
 Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples after every epoch.
 One loop serves both models: batch → loss → backward → clip → optimiser → EMA.
@@ -19,7 +20,9 @@ import warnings
 import zlib
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and no loss here
+# Two of torch's that tell a user of this nothing.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
 import torch
 from torch import Tensor, distributed, nn
@@ -71,7 +74,9 @@ def read_idx(path: Path) -> Tensor:
         raise ValueError(f"{path}: not an IDX file, or a damaged one ({error})") from error
     if magic != b"\0\0\x08":
         raise ValueError(f"{path}: not an IDX file of bytes")
-    if len(data) != size or not size:
+    if not size:
+        raise ValueError(f"{path}: nothing in it, the header says {shape}")
+    if len(data) != size:
         raise ValueError(f"{path}: the header says {shape}, that is {size} bytes, but "
                          f"{'more' if len(data) > size else len(data)} follow")
     return torch.frombuffer(data, dtype=torch.uint8).view(shape)
@@ -176,6 +181,8 @@ def configure(args: argparse.Namespace, saved: dict | None) -> dict:
         if saved and key not in free and given[key] != saved[key]:
             raise ValueError(f"--{key.replace('_', '-')} {given[key]}: this run began with "
                              f"{saved[key]}, and only --{', --'.join(free)} may change")
+    if "epochs" in given and "steps" in given:
+        raise ValueError("--epochs and --steps: only one of them can say when to stop")
     if "epochs" in given or "steps" in given:
         given = {"epochs": None, "steps": None, **given}
     return {**(saved or known), **given}
@@ -367,6 +374,9 @@ def main(argv: list[str] | None = None):
         state = read_checkpoint(checkpoint) if args.resume else None
         config = configure(args, state and state["config"])
         device = pick_device(config["device"])
+        if RANKS > 1 and device.type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
         images, test = load_images(Path(config["data"]))
         if config["batch_size"] > len(images):
             raise ValueError(f"--batch-size {config['batch_size']}: {config['data']} has only "
@@ -391,9 +401,6 @@ def main(argv: list[str] | None = None):
 
     if RANKS > 1:
         distributed.init_process_group()  # nccl for CUDA tensors, gloo for the CPU's
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
     if RANK == 0:
         print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
               f"{'×'.join(map(str, config['image_shape']))}, on {device}"
