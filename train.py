@@ -274,8 +274,8 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
     schedule = LambdaLR(optimizer, lambda step: learning_rate(step, total), last_epoch=step - 1)
     ema.eval()
     if config["compile"]:
-        for network in model.children():
-            network.compile()
+        for child in model.children():
+            child.compile()
     # Here the ranks wait for one another: none writes before all have found their input in order.
     network = DistributedDataParallel(model) if RANKS > 1 else model
 
