@@ -67,6 +67,18 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
 
 
+def _like(values: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """values from the CPU on x's device, in x's precision where no dtype is given.
+
+    A single number is written there by a kernel that takes it as its argument. A copy would make
+    the host wait for the device, several times in every step of the chain.
+    """
+    dtype = dtype or x.dtype
+    if values.numel() == 1:
+        return torch.full_like(values, values.item(), dtype=dtype, device=x.device)
+    return values.to(x.device, dtype)
+
+
 class DDPM(nn.Module):
     """The chain of §2. It takes any network, and learns through `loss`.
 
@@ -104,6 +116,8 @@ class DDPM(nn.Module):
         with torch.device("cpu"):
             self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), SCHEDULES[schedule](T)])
         self.alpha_bar = self.alpha.cumprod(0)
+        self.snr = self.alpha_bar / (1 - self.alpha_bar)  # of x_t (arXiv 2107.00630): ∞ at t = 0
+        self.visits = (1 / self.snr).clamp(max=1).cumsum(0)  # see `loss`
 
     def _index(self, t: int | Tensor, *images: Tensor) -> Tensor:
         """t, checked, as an index into the tables whose entries broadcast against the images,
@@ -131,7 +145,7 @@ class DDPM(nn.Module):
         """
         t = self._index(t, x_prev)
         alpha = self.alpha[t]
-        return alpha.sqrt().to(x_prev) * x_prev, (1 - alpha).to(x_prev)
+        return _like(alpha.sqrt(), x_prev) * x_prev, _like(1 - alpha, x_prev)
 
     def q_marginal(self, x_0: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """q(x_t | x_0) = N(x_t | √ᾱ_t x_0, (1 − ᾱ_t) I): (mean, variance).
@@ -140,7 +154,7 @@ class DDPM(nn.Module):
         """
         t = self._index(t, x_0)
         alpha_bar = self.alpha_bar[t]
-        return alpha_bar.sqrt().to(x_0) * x_0, (1 - alpha_bar).to(x_0)
+        return _like(alpha_bar.sqrt(), x_0) * x_0, _like(1 - alpha_bar, x_0)
 
     def q_sample(self, x_0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε with ε = noise ~ N(0, I) (§2.3)."""
@@ -160,17 +174,17 @@ class DDPM(nn.Module):
         """
         t = self._index(t, x_t, x_0)
         alpha, alpha_bar, alpha_bar_prev = self.alpha[t], self.alpha_bar[t], self.alpha_bar[t - 1]
-        mean = (((1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)).to(x_t) * x_t
-                + ((1 - alpha) * alpha_bar_prev.sqrt() / (1 - alpha_bar)).to(x_t) * x_0)
+        mean = (_like((1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar), x_t) * x_t
+                + _like((1 - alpha) * alpha_bar_prev.sqrt() / (1 - alpha_bar), x_t) * x_0)
         variance = (1 - alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        return mean, variance.to(x_t)
+        return mean, _like(variance, x_t)
 
     # ------------------------------------------------------------- the network: x̂_θ and ε̂_θ
 
     def _denoise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """What the network says, in x_t's precision whatever autocast computed it in."""
-        t = self._index(t, x_t).flatten().expand(len(x_t))
-        output = self.denoiser(x_t, t.to(x_t.device))
+        t = _like(self._index(t, x_t).flatten(), x_t, torch.long)
+        output = self.denoiser(x_t, t.expand(len(x_t)))
         if output.shape != x_t.shape:
             raise ValueError(f"the denoiser returned {tuple(output.shape)} for images of "
                              f"{tuple(x_t.shape)}")
@@ -189,7 +203,8 @@ class DDPM(nn.Module):
         x0_hat = self._denoise(x_t, t)
         if self.predict == "noise":
             alpha_bar = self.alpha_bar[self._index(t, x_t)]
-            x0_hat = (x_t - (1 - alpha_bar).sqrt().to(x_t) * x0_hat) / alpha_bar.sqrt().to(x_t)
+            x0_hat = ((x_t - _like((1 - alpha_bar).sqrt(), x_t) * x0_hat)
+                      / _like(alpha_bar.sqrt(), x_t))
         return x0_hat.clamp(-1, 1) if clip else x0_hat
 
     def predict_noise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
@@ -200,19 +215,26 @@ class DDPM(nn.Module):
     def score(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """∇ log p_t(x_t) ≈ −ε̂_θ(x_t) / √(1 − ᾱ_t), the s_θ of the paper's section 3."""
         alpha_bar = self.alpha_bar[self._index(t, x_t)]
-        return -self.predict_noise(x_t, t) / (1 - alpha_bar).sqrt().to(x_t)
+        return -self.predict_noise(x_t, t) / _like((1 - alpha_bar).sqrt(), x_t)
 
     # ------------------------------------------------------------- training
 
     def loss(self, x_0: Tensor) -> Tensor:
         """‖ε − ε̂_θ(x_t)‖² / D (§2.8), or ‖x_0 − x̂_θ(x_t)‖² / D for predict="image" (§2.7).
 
-        A scalar: the mean over the batch, one t uniform on {1, …, T} and one x_t ~ q(x_t | x_0)
-        for each image, and over its D pixels. The ELBO weights every t by its own factor (see
-        `elbo`); like the paper's training algorithm this drops them, which costs some likelihood
-        and gives better pictures (arXiv 2006.11239, section 3.4).
+        A scalar: the mean over the batch, one t and one x_t ~ q(x_t | x_0) for each image, and
+        over its D pixels. The ELBO weights every t by its own factor (see `elbo`); like the paper's
+        training algorithm this drops them, which costs some likelihood and gives better pictures
+        (arXiv 2006.11239, section 3.4).
+
+        The paper draws t uniformly. Here p(t) ∝ min(1, 1/snr(t)): where x_t has more signal than
+        noise there is little left to learn, so that more steps go to the other t. ("Efficient
+        Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556, has the same idea as
+        a factor of the loss.) And the t of a batch are spread evenly over that distribution, which
+        makes the loss less noisy ("Variational Diffusion Models", arXiv 2107.00630).
         """
-        t = torch.randint(1, self.T + 1, x_0.shape[:1])
+        u = (torch.rand(1, dtype=torch.float64) + torch.arange(len(x_0)) / len(x_0)) % 1
+        t = torch.searchsorted(self.visits, u * self.visits[-1], right=True).clamp(max=self.T)
         noise = torch.randn_like(x_0)
         target = noise if self.predict == "noise" else x_0
         return F.mse_loss(self._denoise(self.q_sample(x_0, t, noise), t), target)
@@ -257,26 +279,24 @@ class DDPM(nn.Module):
 
         # The final block: KL(N(√ᾱ_T x_0, (1 − ᾱ_T) I) ‖ N(0, I)).
         alpha_bar = self.alpha_bar[self.T]
-        prior_matching = 0.5 * (alpha_bar.to(x_0) * x_0.square()
-                                + (-alpha_bar - torch.log1p(-alpha_bar)).to(x_0)).flatten(1).sum(1)
+        prior_matching = 0.5 * (_like(alpha_bar, x_0) * x_0.square() - _like(
+            alpha_bar + torch.log1p(-alpha_bar), x_0)).flatten(1).sum(1)
 
         # The transition blocks: two Gaussians of the same variance σ_q²(t), whose means differ in
         # x_0 against x̂_θ alone. So KL = ‖μ_q − μ_θ‖² / 2σ_q²(t) = weight · ‖x_0 − x̂_θ‖², with
-        # weight = (1 − α_t)² ᾱ_{t−1} / 2σ_q²(t)(1 − ᾱ_t)² = ½ [snr(t − 1) − snr(t)], where
-        # snr(t) = ᾱ_t / (1 − ᾱ_t) is the signal-to-noise ratio of x_t (arXiv 2107.00630).
-        snr = self.alpha_bar / (1 - self.alpha_bar)
+        # weight = (1 − α_t)² ᾱ_{t−1} / 2σ_q²(t)(1 − ᾱ_t)² = ½ [snr(t − 1) − snr(t)].
         if k is None:
-            times, visits = range(2, self.T + 1), 1
+            times, rate = range(2, self.T + 1), 1
         else:
             times = torch.randint(2, self.T + 1, (k, len(x_0)), generator=generator,
                                   device=x_0.device)
-            visits = k / (self.T - 1)  # how often each t is met, on average
+            rate = k / (self.T - 1)  # how often each t is met, on average
         consistency = torch.zeros_like(reconstruction)
         for t in times:
             error = x_0 - self.predict_x0(q_draw(t), t, clip)
             t = self._index(t, x_0).flatten()
-            weight = 0.5 * (snr[t - 1] - snr[t]) / visits
-            consistency += weight.to(x_0) * error.square().flatten(1).sum(1)
+            weight = 0.5 * (self.snr[t - 1] - self.snr[t]) / rate
+            consistency += _like(weight, x_0) * error.square().flatten(1).sum(1)
         return {"reconstruction": reconstruction, "prior_matching": prior_matching,
                 "consistency": consistency}
 
@@ -355,9 +375,10 @@ class DDPM(nn.Module):
             noise_hat = self._noise_between(x0_hat, x_t, t)
             a_t, a_s = self.alpha_bar[t], self.alpha_bar[s]
             variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-            x_t = a_s.sqrt().to(x_t) * x0_hat + (1 - a_s - variance).sqrt().to(x_t) * noise_hat
+            x_t = (_like(a_s.sqrt(), x_t) * x0_hat
+                   + _like((1 - a_s - variance).sqrt(), x_t) * noise_hat)
             if variance > 0:
-                x_t = x_t + variance.sqrt().to(x_t) * self._noise(n, generator)
+                x_t = x_t + _like(variance.sqrt(), x_t) * self._noise(n, generator)
             yield s, x_t
 
     def chain(self, n: int, steps: int | None = None, eta: float = 1.0,

@@ -370,13 +370,22 @@ class TestForward(Test):
 
 
 class TestLoss(Test):
-    def test_t_is_uniform_and_both_ends_are_drawn(self):
-        seen = []
-        ddpm = DDPM(lambda x, t: seen.append(t) or x, (1, 1, 1), 10)
-        ddpm.loss(torch.zeros(20_000, 1, 1, 1))
-        counts = torch.bincount(seen[0], minlength=11)
-        self.assertEqual(counts[0], 0)
-        self.assertLess((counts[1:] - 2000).abs().max(), 5 * (20_000 * 0.1 * 0.9) ** 0.5)
+    def test_how_often_each_t_is_drawn(self):
+        for schedule in SCHEDULES:
+            seen = []
+            ddpm = DDPM(lambda x, t: seen.append(t) or x, (1, 1, 1), 10, schedule)
+            alpha_bar = SCHEDULES[schedule](10).cumprod(0)
+            rate = ((1 - alpha_bar) / alpha_bar).clamp(max=1)  # once the noise passes the signal
+            for n in (1, 3, 20_000):
+                ddpm.loss(torch.zeros(n, 1, 1, 1))
+                counts = torch.bincount(seen.pop(), minlength=11)
+                self.assertEqual(counts[0], 0)
+                self.assertLess((counts[1:] - n * rate / rate.sum()).abs().max(), 2)  # not √n
+
+            for _ in range(2000):
+                ddpm.loss(torch.zeros(2, 1, 1, 1))
+            for t in torch.stack(seen, dim=1):  # each image meets all of them
+                self.assertMean(torch.eye(11)[t][:, 1:], rate / rate.sum())
 
     def test_value_for_a_known_denoiser(self):
         # A network that says 0 is wrong by ‖ε‖²/D = 1 on average, or by ‖x_0‖²/D.

@@ -38,8 +38,8 @@ from vae import VAE
 
 # What --model leaves to choose, and how it is chosen where the command line does not say.
 DEFAULTS = {
-    "ddpm": dict(steps=3300, batch_size=32, lr=1e-3, seed=0, timesteps=1000, schedule="cosine",
-                 predict="noise", channels=32, multipliers=[1, 2, 2], blocks=1, attention=[2],
+    "ddpm": dict(steps=6400, batch_size=32, lr=1e-3, seed=0, timesteps=1000, schedule="cosine",
+                 predict="noise", channels=16, multipliers=[1, 2, 4], blocks=1, attention=[2],
                  dropout=0.0),
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
                 channels=16),
@@ -151,7 +151,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--device", "auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--precision", "auto is bf16 autocast on hardware that has bf16 (default: auto)",
         choices=["auto", "fp32", "bf16"])
-    add("--compile", "torch.compile the networks", action="store_true", default=None)
+    add("--compile", "torch.compile the networks: takes a minute or two, for runs of an hour",
+        action="store_true", default=None)
     add("--resume", "go on with the run in --out", action="store_true")
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
@@ -273,9 +274,17 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
         ema.n_averaged.fill_(step)
     schedule = LambdaLR(optimizer, lambda step: learning_rate(step, total), last_epoch=step - 1)
     ema.eval()
+    cast = autocast(device, config["precision"])
     if config["compile"]:
+        then = time.perf_counter()
         for child in model.children():
             child.compile()
+        with cast:  # what torch compiles is what it first sees run
+            loss = model(to_float(images[:batch_size // RANKS], device))
+        loss.backward()
+        optimizer.zero_grad()
+        if RANK == 0:
+            print(f"compiled in {time.perf_counter() - then:.0f} s")
     # Here the ranks wait for one another: none writes before all have found their input in order.
     network = DistributedDataParallel(model) if RANKS > 1 else model
 
@@ -291,7 +300,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
         checkpoint()  # from here on there always is a checkpoint to go on from
     if RANK == 0:
         start_metrics(out / "metrics.csv", step)
-    cast, order, clock = autocast(device, config["precision"]), None, (step, time.perf_counter())
+    order, clock = None, (step, time.perf_counter())
     mean, stop = math.nan, torch.tensor(0)  # of the last row's losses; the signal to stop for
     with tqdm(total=total * batch_size, initial=step * batch_size, unit=" images",
               unit_scale=True, disable=RANK > 0) as bar:

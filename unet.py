@@ -3,7 +3,7 @@
 
 The tutorial leaves the network open: anything that maps a noisy image x_t and its time t to an
 image of the same shape will do. This is the U-Net of "Denoising Diffusion Probabilistic Models"
-(arXiv 2006.11239), drawn for multipliers = (1, 2, 2):
+(arXiv 2006.11239), drawn for multipliers = (1, 2, 4):
 
     x_t ─ stem ─ level 0 ──────────── skips ───────────── level 0 ─ head ─ x̂ or ε̂   H   × W
                     └ ½ ─ level 1 ─── skips ─── level 1 ─ ×2 ┘                       H/2 × W/2
@@ -104,8 +104,8 @@ class UNet(nn.Module):
     divide.
     """
 
-    def __init__(self, image_channels: int = 1, channels: int = 32,
-                 multipliers: Sequence[int] = (1, 2, 2), blocks: int = 1,
+    def __init__(self, image_channels: int = 1, channels: int = 16,
+                 multipliers: Sequence[int] = (1, 2, 4), blocks: int = 1,
                  attention: Sequence[int] = (2,), dropout: float = 0.0):
         super().__init__()
         if not isinstance(image_channels, int) or image_channels < 1:
