@@ -90,6 +90,7 @@ class DDPM(nn.Module):
         schedule: "linear" or "cosine".
         predict: what the network's output is: the "noise" ε̂_θ(x_t) (§2.8) or the "image"
             x̂_θ(x_t) (§2.7).
+        t_sampling: how training draws t: "uniform", as in the paper, or by "snr" (see `loss`).
 
     Wherever a method takes t it is an int, for the whole batch, or a (B,) integer tensor, with
     1 ≤ t ≤ T. Means and variances come back ready to broadcast against (B, C, H, W). Bad arguments
@@ -98,7 +99,7 @@ class DDPM(nn.Module):
 
     def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor],
                  image_shape: tuple[int, int, int], T: int = 1000,
-                 schedule: str = "cosine", predict: str = "noise"):
+                 schedule: str = "cosine", predict: str = "noise", t_sampling: str = "uniform"):
         super().__init__()
         if len(image_shape) != 3 or not all(isinstance(n, int) and n > 0 for n in image_shape):
             raise ValueError(f"image_shape must be (C, H, W), got {image_shape}")
@@ -108,6 +109,8 @@ class DDPM(nn.Module):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if predict not in ("noise", "image"):
             raise ValueError(f"predict must be 'noise' or 'image', got {predict!r}")
+        if t_sampling not in ("uniform", "snr"):
+            raise ValueError(f"t_sampling must be 'uniform' or 'snr', got {t_sampling!r}")
         self.denoiser, self.image_shape = denoiser, tuple(image_shape)
         self.T, self.predict = T, predict
         # The scalars α_t and ᾱ_t = α_1 α_2 … α_t. They stay float64 on the CPU, every formula
@@ -116,8 +119,10 @@ class DDPM(nn.Module):
         with torch.device("cpu"):
             self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), SCHEDULES[schedule](T)])
         self.alpha_bar = self.alpha.cumprod(0)
-        self.snr = self.alpha_bar / (1 - self.alpha_bar)  # of x_t (arXiv 2107.00630): ∞ at t = 0
-        self.visits = (1 / self.snr).clamp(max=1).cumsum(0)  # see `loss`
+        self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal to noise; ∞ at t = 0
+        # How often training visits a time up to t, but for a factor; never t = 0.
+        self.visits = ((1 / self.snr).clamp(max=1).cumsum(0) if t_sampling == "snr" else
+                       torch.arange(T + 1, dtype=torch.float64))
 
     def _index(self, t: int | Tensor, *images: Tensor) -> Tensor:
         """t, checked, as an index into the tables whose entries broadcast against the images,
@@ -227,10 +232,10 @@ class DDPM(nn.Module):
         training algorithm this drops them, which costs some likelihood and gives better pictures
         (arXiv 2006.11239, section 3.4).
 
-        The paper draws t uniformly. Here p(t) ∝ min(1, 1/snr(t)): where x_t has more signal than
-        noise there is little left to learn, so that more steps go to the other t. ("Efficient
-        Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556, has the same idea as
-        a factor of the loss.) And the t of a batch are spread evenly over that distribution, which
+        t is uniform on {1, …, T}, as in the paper, or p(t) ∝ min(1, 1/snr(t)): with more signal
+        than noise in x_t little is left to learn, and more steps go to the other t. ("Efficient
+        Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556, does this by a factor
+        in the loss.) Either way the t of a batch are spread evenly over their distribution, which
         makes the loss less noisy ("Variational Diffusion Models", arXiv 2107.00630).
         """
         u = (torch.rand(1, dtype=torch.float64) + torch.arange(len(x_0)) / len(x_0)) % 1

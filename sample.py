@@ -143,7 +143,8 @@ def build_model(config: dict) -> nn.Module:
         return VAE(shape, config["latent_dim"], config["channels"], config["decoder_std"])
     denoiser = UNet(shape[0], config["channels"], config["multipliers"], config["blocks"],
                     config["attention"], config["dropout"])
-    return DDPM(denoiser, shape, config["timesteps"], config["schedule"], config["predict"])
+    return DDPM(denoiser, shape, config["timesteps"], config["schedule"], config["predict"],
+                config["t_sampling"])
 
 
 def plan_model(config: dict) -> nn.Module:
@@ -161,7 +162,7 @@ def read_checkpoint(path: Path) -> dict:
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: not a checkpoint of train.py")
-    if state["format"] != 1:
+    if state["format"] != 2:
         raise ValueError(f"{path}: a checkpoint of another version of this code")
 
     def shapes(weights: dict) -> set:

@@ -39,8 +39,8 @@ from vae import VAE
 # What --model leaves to choose, and how it is chosen where the command line does not say.
 DEFAULTS = {
     "ddpm": dict(steps=6400, batch_size=32, lr=1e-3, seed=0, timesteps=1000, schedule="cosine",
-                 predict="noise", channels=16, multipliers=[1, 2, 4], blocks=1, attention=[2],
-                 dropout=0.0),
+                 predict="noise", t_sampling="snr", channels=16, multipliers=[1, 2, 4], blocks=1,
+                 attention=[2], dropout=0.0),
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
                 channels=16),
 }
@@ -157,6 +157,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
     add("--predict", "what the U-Net predicts", choices=["noise", "image"])
+    add("--t-sampling", "how training draws t: uniform is the paper's", choices=["uniform", "snr"])
     add("--channels", "width of the network's first level", type=width)
     add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
         nargs="+", metavar="M")
@@ -291,7 +292,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
     def checkpoint():
         if RANK == 0:
             save(out / "checkpoint.pt", {
-                "format": 1, "config": config, "step": step, "seconds": seconds,
+                "format": 2, "config": config, "step": step, "seconds": seconds,
                 "losses": [loss.item() for loss in losses], "model": model.state_dict(),
                 "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()})
 
