@@ -16,6 +16,8 @@ white noise x_T:
 Time is 1-based as in the paper. Tables have T + 1 entries and are indexed by t itself, with
 alpha[0] = alpha_bar[0] = 1. The paper's α_t is 1 − β_t in "Denoising Diffusion Probabilistic
 Models" (arXiv 2006.11239). Images are float tensors (B, C, H, W) in [-1, 1].
+
+`python ddpm.py` holds the section's claims against what this file computes.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 
 def linear_alphas(T: int) -> Tensor:
@@ -399,3 +402,118 @@ class DDPM(nn.Module):
         for _, x_t in self.chain(n, steps, eta, generator):
             pass
         return x_t
+
+
+# ------------------------------------------------------------- the section's claims, computed
+
+
+class ExactDenoiser(nn.Module):
+    """The best denoiser there is, E[x_0 | x_t] or E[ε | x_t], for the mixture that §2.3 follows to
+    white noise: images of one pixel, drawn from p(x_0) = Σ_k π_k N(μ_k, σ_k²).
+
+    With it all of §2 has known answers. Every t of a batch must be the same.
+    """
+
+    def __init__(self, alpha_bar: Tensor, predict: str):
+        super().__init__()
+        self.pi, self.mu, self.sigma = (
+            nn.Parameter(torch.tensor(values, dtype=torch.float64), requires_grad=False)
+            for values in ((0.3, 0.7), (-0.5, 0.4), (0.05, 0.1)))
+        self.alpha_bar, self.predict = alpha_bar, predict
+
+    def p(self, t: int) -> MixtureSameFamily:
+        """p_t(x) = Σ_k π_k N(x | √ᾱ_t μ_k, ᾱ_t σ_k² + 1 − ᾱ_t), of which p_0 is the data's."""
+        a = self.alpha_bar[t]
+        return MixtureSameFamily(Categorical(self.pi), Normal(
+            a.sqrt() * self.mu, (a * self.sigma**2 + 1 - a).sqrt()))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        a, parts, x = self.alpha_bar[t[0]], self.p(t[0]).component_distribution, x_t.view(-1, 1)
+        posterior = (self.pi.log() + parts.log_prob(x)).softmax(1)  # p(k | x_t)
+        gain = a.sqrt() * self.sigma**2 / parts.variance
+        x0_hat = (posterior * (self.mu + gain * (x - parts.mean))).sum(1).view_as(x_t)
+        return x0_hat if self.predict == "image" else (x_t - a.sqrt() * x0_hat) / (1 - a).sqrt()
+
+
+def exact_ddpm(T: int, predict: str = "noise", schedule: str = "linear") -> DDPM:
+    """A DDPM that has nothing left to learn."""
+    ddpm = DDPM(None, (1, 1, 1), T, schedule, predict)
+    ddpm.denoiser = ExactDenoiser(ddpm.alpha_bar, predict)
+    return ddpm
+
+
+def examples(schedule: str = "linear") -> list[tuple[str, float, float, float]]:
+    """What §2 says and what this file computes: rows of (claim, paper, ours, tolerance).
+
+    Where a row is a mean of random draws its tolerance is 5 standard errors.
+    """
+    rows = []
+
+    def row(claim: str, paper: float | Tensor, ours: Tensor):
+        error = 5 * ours.std().item() / len(ours)**0.5 if ours.ndim else 1e-6
+        rows.append((claim, float(paper), ours.mean().item(), error))
+
+    ddpm = exact_ddpm(1000, schedule=schedule)
+    data, one = ddpm.denoiser.p(0), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    x_0 = data.sample((100_000,)).view(-1, 1, 1, 1)
+
+    # t single transitions: of the scalars √ᾱ_t and 1 − ᾱ_t, and of 100,000 pixels.
+    gain, total, x_t = one, 0 * one, x_0
+    for t in range(1, 1001):
+        step, added = ddpm.q_transition(one, t)
+        gain, total = step * gain, step**2 * total + added
+        mean, variance = ddpm.q_transition(x_t, t)
+        x_t = mean + variance.sqrt() * torch.randn_like(x_t)
+        if t in (100, 300, 1000):
+            mean, variance = ddpm.q_marginal(one, t)
+            row(f"§2.3  t = {t} transitions: √ᾱ_t", mean, gain.squeeze())
+            row("      1 − ᾱ_t", variance, total.squeeze())
+            p_t, x = ddpm.denoiser.p(t), x_t.flatten()
+            row("      the mixture's mean on its way to 0", p_t.mean, x)
+            row("      the mixture's variance on its way to 1", p_t.variance, (x - p_t.mean)**2)
+
+    # Bayes' rule on a grid of x_{t−1}: q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0).
+    grid = torch.linspace(-4, 4, 400_001, dtype=torch.float64).view(-1, 1, 1, 1)
+    for t in (10, 500):
+        likelihood, prior = (Normal(mean, variance.sqrt()) for mean, variance in (
+            ddpm.q_transition(grid, t), ddpm.q_marginal(0.8 * one, t - 1)))
+        p = (likelihood.log_prob(0.3 * one) + prior.log_prob(grid)).softmax(0)
+        mean, variance = ddpm.q_posterior(0.3 * one, 0.8 * one, t)
+        row(f"§2.6  μ_q(x_t, x_0) by Bayes' rule at t = {t}", (p * grid).sum(), mean.squeeze())
+        row("      σ_q²(t)", (p * (grid - mean)**2).sum(), variance.squeeze())
+
+    # The ELBO of 8-bit pixels against their exact log-probability. What separates the two is the
+    # variance: x_{t−1} given x_t and the k it came from spreads by σ_q²(t) + c² Var[x_0 | x_t, k],
+    # with c the weight of x_0 in μ_q, but p_θ has only σ_q²(t). A variance too small by a factor r
+    # costs ½ (r − 1 − ln r) nats. (The last step, to x_0, has σ_q²(2) instead.)
+    x_0 = ((x_0[:10_000].clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    log_p = (data.cdf(x_0 + 1 / 255) - data.cdf(x_0 - 1 / 255)).log().flatten()
+    terms = ddpm.elbo(x_0)
+    times = torch.arange(2, 1001)
+    c, variance = ddpm.q_posterior(0 * one.expand(999, 1, 1, 1), one.expand(999, 1, 1, 1), times)
+    a, sigma = ddpm.alpha_bar[1:, None], ddpm.denoiser.sigma
+    spread = sigma**2 * (1 - a) / (a * sigma**2 + 1 - a)  # Var[x_0 | x_t, k]: (T, K)
+    r = torch.cat([spread[:1] / variance[0].view(1),
+                   1 + c.view(-1, 1)**2 * spread[1:] / variance.view(-1, 1)])
+    cost = (0.5 * (r - 1 - r.log()).sum(0) * ddpm.denoiser.pi).sum()
+    elbo = terms["reconstruction"] - terms["prior_matching"] - terms["consistency"]
+    means = " − ".join(f"{term.mean():.2f}" for term in terms.values())
+    row(f"§2.5  log p(x_0) = {log_p.mean():.2f} ≥ ELBO = {means} nats: the gap", cost, log_p - elbo)
+
+    # From the same noise, the chain by ε̂_θ, by x̂_θ, and DDIM's that skips nothing.
+    noise, image = (exact_ddpm(50, predict, schedule) for predict in ("noise", "image"))
+    for clip in (True, False):
+        chains = [chain(100, clip=clip, generator=Generator().manual_seed(1), **options)
+                  for chain, options in ((noise.reverse_chain, {}), (image.reverse_chain, {}),
+                                         (noise.ddim_chain, {"steps": 50, "eta": 1.0}))]
+        x = [torch.stack([x_t for _, x_t in chain]) for chain in chains]
+        row(f"§2.8  |ε-chain − §2.7's chain| at most (clip={clip})", 0, (x[1] - x[0]).abs().max())
+        row("      |ε-chain − DDIM with η = 1, all steps| at most", 0, (x[2] - x[0]).abs().max())
+    return rows
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(f"{'':70}{'paper says':>12}{'we compute':>12}{'within':>10}")
+    for claim, paper, ours, tolerance in examples():
+        print(f"{claim:70}{paper:12.5f}{ours:12.5f}{tolerance:10.0e}")

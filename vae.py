@@ -7,13 +7,13 @@ an image, and both are distributions:
     x ──> q_φ(z | x) ──> z ──> p_θ(x | z) ──> x̂            p(z) = N(0, I)
 
 `GaussianMixture` is the paper's worked example, in which all of them are known exactly; `VAE`
-learns them from images.
+learns them from images. `python vae.py` holds the section's claims against what this file computes.
 """
 import math
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 
 class GaussianMixture:
@@ -190,3 +190,83 @@ class VAE(nn.Module):
         z = torch.randn(n, self.latent_dim, generator=generator, dtype=like.dtype,
                         device=like.device)
         return self.decode(z)
+
+
+# ------------------------------------------------------------- the section's claims, computed
+
+
+class LinearVAE(VAE):
+    """x = w z + σ_dec ε with one number z, so that all that a VAE bounds is known:
+
+        p(x)     = N(x | 0, w wᵀ + σ_dec² I)
+        p(z | x) = N(z | s² wᵀx / σ_dec², s²),   s² = 1 / (1 + ‖w‖² / σ_dec²)
+
+    Its q_φ(z | x) is p(z | x), moved by `off`.
+    """
+
+    def __init__(self, off: float):
+        super().__init__((1, 8, 8), latent_dim=1, decoder_std=0.5)
+        self.double()
+        self.w, self.off = torch.linspace(-0.3, 0.3, 64, dtype=torch.float64), off
+        self.variance = 1 / (1 + self.w @ self.w / self.decoder_std**2)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu = self.variance * x.flatten(1) @ self.w / self.decoder_std**2 + self.off
+        return mu[:, None], self.variance.log().expand(len(x), 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return (z * self.w).view(-1, 1, 8, 8)
+
+
+def examples() -> list[tuple[str, float, float, float]]:
+    """What §1 says and what this file computes: rows of (claim, paper, ours, tolerance).
+
+    Where a row is a mean of random draws its tolerance is 5 standard errors.
+    """
+    rows = []
+
+    def row(claim: str, paper: float | Tensor, ours: Tensor):
+        error = 5 * ours.std().item() / len(ours)**0.5 if ours.ndim else 1e-6
+        rows.append((claim, float(paper), ours.mean().item(), error))
+
+    pi, mu, sigma = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 2.0]), torch.tensor(0.8)
+    mixture = GaussianMixture(pi, mu, sigma.expand(2))
+    x, mean = mixture.sample(1_000_000), pi @ mu
+    row("§1.1  decoder: E[x] = Σ π_k μ_k", mean, x)
+    row("      E[(x − E[x])²] = Σ π_k (σ_k² + μ_k²) − E[x]²",
+        sigma**2 + pi @ mu**2 - mean**2, (x - mean)**2)
+    odds = (pi[1] / pi[0]).log() + (mu[0]**2 - mu[1]**2) / (2 * sigma**2)
+    row("      encoder: p(k = 2 | x = 0), by Bayes' rule", odds.sigmoid(),
+        mixture.posterior(torch.zeros(1))[0, 1])
+    border = mu.mean() - sigma**2 * (pi[1] / pi[0]).log() / (mu[1] - mu[0])
+    right = torch.special.ndtr(torch.stack([border - mu[0], mu[1] - border]) / sigma)
+    row("      arg max p(k | x) is the true k in this share of cases", pi @ right,
+        mixture.posterior(x).max(-1).values)
+
+    x = 0.5 * torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    for off in (0.0, 0.5):
+        vae = LinearVAE(off)
+        p_x = MultivariateNormal(torch.zeros_like(vae.w), torch.outer(vae.w, vae.w)
+                                 + vae.decoder_std**2 * torch.eye(64))
+        q = Normal(*(value.squeeze() for value in (vae.encode(x)[0], vae.variance.sqrt())))
+        gap = kl_divergence(q, Normal(q.mean - off, q.stddev))
+        terms = vae.elbo(x.expand(100_000, -1, -1, -1))
+        row(f"§1.2  ELBO = log p(x) − KL(q ‖ p(z | x)), where KL = {gap:.4f}",
+            p_x.log_prob(x.flatten()) - gap, terms["reconstruction"] - terms["kl"])
+
+    m, log_var = (torch.full((1_000_000, 1), value, requires_grad=True) for value in (0.7, -0.4))
+    vae.reparameterize(m, log_var).square().sum().backward()
+    row("§1.3  z = μ + σ ⊙ ε: the gradient of E[z²] in μ, 2μ", 1.4, m.grad.flatten())
+    row("      and in log σ², σ²", math.exp(-0.4), log_var.grad.flatten())
+    row("§1.4  KL(q ‖ N(0, 1)) in closed form", kl_divergence(q, Normal(0.0, 1.0)),
+        terms["kl"][0])
+    row("§1.5  z ~ N(0, 1): E‖decode(z)‖² = ‖w‖²", vae.w @ vae.w,
+        vae.sample(200_000).square().sum((1, 2, 3)))
+    return rows
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(f"{'':60}{'paper says':>12}{'we compute':>12}{'within':>10}")
+    for claim, paper, ours, tolerance in examples():
+        print(f"{claim:60}{paper:12.5f}{ours:12.5f}{tolerance:10.0e}")
