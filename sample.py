@@ -30,7 +30,8 @@ from unet import UNet
 from vae import VAE
 
 BATCH = 256  # images drawn at a time, so that memory does not grow with -n
-CHAIN_FRAMES, STRIP_FRAMES, STRIP_IMAGES = 60, 11, 8
+CHAIN_FRAMES, STRIP_FRAMES, STRIP_IMAGES, LATENT_SIDE = 60, 11, 8, 20
+DDPM_ONLY, VAE_ONLY = ("steps", "eta", "chain", "strip", "compile"), ("latent-grid",)  # options
 
 
 class Parser(argparse.ArgumentParser):
@@ -268,6 +269,14 @@ def draw(model: nn.Module, n: int, steps: int | None, eta: float, generator: tor
     return torch.cat(images), film
 
 
+@torch.no_grad()
+def latent_grid(model: VAE, device: torch.device) -> Tensor:
+    """decode_θ(z) for a square of z = (z_1, z_2), z_1 growing to the right and z_2 upwards, whose
+    lines lie closer where N(0, I) is denser: equal steps of its distribution function."""
+    z = torch.special.ndtri((torch.arange(LATENT_SIDE, device=device) + 0.5) / LATENT_SIDE)
+    return model.decode(torch.cartesian_prod(-z, z).flip(1))
+
+
 def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser = Parser(prog="sample.py", description="Draw new images from a trained model.")
     add = parser.add_argument
@@ -286,6 +295,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--chain", type=Path, metavar="FILE.png",
         help="ddpm: also an animated PNG of the chain from x_T to x_0")
     add("--strip", type=Path, metavar="FILE.png", help="ddpm: also the chain as a film strip")
+    add("--latent-grid", type=Path, metavar="FILE.png",
+        help="vae with --latent-dim 2: also what the decoder makes of every z of a grid")
     return parser, parser.parse_args(argv)
 
 
@@ -304,7 +315,8 @@ def main(argv: list[str] | None = None):
         check_output("--out", args.out, (".png", ".pt"))
         if args.out in (args.checkpoint, args.out.with_name("checkpoint.pt")):
             raise ValueError(f"--out {args.out}: that name is a checkpoint's")
-        for option, path in (("--chain", args.chain), ("--strip", args.strip)):
+        pictures = {"--chain": args.chain, "--strip": args.strip, "--latent-grid": args.latent_grid}
+        for option, path in pictures.items():
             if path:
                 check_output(option, path)
         if args.eta is not None and args.steps is None:
@@ -314,12 +326,15 @@ def main(argv: list[str] | None = None):
         state = read_checkpoint(args.checkpoint)
         model = build_model(state["config"])
         model.load_state_dict(state["ema"])
-        if isinstance(model, DDPM):
-            if args.steps is not None and args.steps > model.T:
-                raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
-        elif args.steps or args.chain or args.strip or args.compile:
-            raise ValueError(f"{args.checkpoint} is a vae: --steps, --eta, --chain, --strip and "
-                             "--compile are for a ddpm")
+        foreign = VAE_ONLY if isinstance(model, DDPM) else DDPM_ONLY
+        for option in foreign:
+            if getattr(args, option.replace("-", "_")):
+                raise ValueError(f"--{option}: {args.checkpoint} is a {state['config']['model']}")
+        if args.steps and args.steps > model.T:
+            raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
+        if args.latent_grid and model.latent_dim != 2:
+            raise ValueError(f"--latent-grid: the z of {args.checkpoint} has {model.latent_dim} "
+                             "numbers; train with --latent-dim 2 for a grid of two")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -342,11 +357,13 @@ def main(argv: list[str] | None = None):
         if args.strip:
             rows = torch.stack([film[i][:STRIP_IMAGES] for i in strip], dim=1)
             write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
+        if args.latent_grid:
+            write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, device)))])
     except torch.OutOfMemoryError:
         parser.error(f"{device} is out of memory: try a smaller -n")
     except OSError as error:
         parser.error(str(error))
-    print("wrote", ", ".join(str(path) for path in (args.out, args.chain, args.strip) if path))
+    print("wrote", ", ".join(str(path) for path in (args.out, *pictures.values()) if path))
 
 
 if __name__ == "__main__":

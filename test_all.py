@@ -797,6 +797,38 @@ class TestEndToEnd(CommandTest):
         (picture,), _ = decode_png(self.run_folder / "samples.png")
         self.assertEqual(picture.shape, (1, 8 * 30 + 2, 8 * 30 + 2))
 
+    def test_latent_grid(self):
+        flat, file = self.folder / "flat", self.folder / "grid.png"
+        self.command("train.py", *self.train("vae", "--steps", 1, "--latent-dim", 2, out=flat))
+        self.command("sample.py", "--checkpoint", flat / "checkpoint.pt", "--latent-grid", file)
+        (picture,), _ = decode_png(file)
+        state = sample.read_checkpoint(flat / "checkpoint.pt")
+        vae = sample.build_model(state["config"])
+        vae.load_state_dict(state["ema"])
+        z = Normal(0.0, 1.0).icdf((torch.arange(20) + 0.5) / 20)
+        for row, column in ((0, 0), (0, 19), (12, 5)):  # z_1 to the right, z_2 upwards
+            with torch.no_grad():
+                digit = sample.to_uint8(vae.decode(torch.stack([z[column], z[19 - row]])[None]))[0]
+            drawn = picture[:, 2 + 30 * row:30 + 30 * row, 2 + 30 * column:30 + 30 * column]
+            self.assertLessEqual((drawn.int() - digit.int()).abs().max(), 3)  # bfloat16
+
+    def test_tensorboard(self):
+        board = mock.MagicMock()
+        package = mock.MagicMock(SummaryWriter=mock.Mock(return_value=board))
+        arguments = self.train("vae", "--epochs", 1, "--tensorboard")
+        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
+            self.assertMistake("train.py", arguments, "--tensorboard: pip install tensorboard")
+        quiet = io.StringIO()
+        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": package}), \
+                contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            train.main(list(map(str, arguments)))
+        drawn = [call.args for call in board.add_scalar.call_args_list if call.args[0] == "loss"]
+        self.assertEqual(drawn, [("loss", float(row["loss"]), int(row["step"]))
+                                 for row in self.metrics()])
+        (_, picture, _), _ = (call.args for call in board.add_image.call_args_list)
+        self.assertEqual(picture.shape, (1, 8 * 30 + 2, 8 * 30 + 2))
+        board.close.assert_called_once()
+
     def test_colour(self):
         data = self.folder / "x.pt"
         torch.save(torch.randint(0, 256, (66, 3, 12, 16), dtype=torch.uint8), data)
@@ -979,6 +1011,7 @@ class TestRuns(CommandTest):
                 ("damaged", ["--checkpoint", self.run_folder / "metrics.csv"]),
                 ("is a vae", ["--checkpoint", self.checkpoint, "--steps", 5]),
                 ("is a vae", ["--checkpoint", self.checkpoint, "--chain", "x.png"]),
+                ("z .* 4 numbers", ["--checkpoint", self.checkpoint, "--latent-grid", "x.png"]),
                 *(("-n", ["-n", n]) for n in (0, -1, "nan", 10**30)),
                 *(("--steps", ["--steps", n]) for n in (0, -1, "nan")),
                 *(("--eta", ["--steps", 5, "--eta", n]) for n in (-1, 1.1, "nan")),

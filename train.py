@@ -153,6 +153,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         choices=["auto", "fp32", "bf16"])
     add("--compile", "torch.compile the networks: takes a minute or two, for runs of an hour",
         action="store_true", default=None)
+    add("--tensorboard", "also write metrics and pictures for TensorBoard, where its package is "
+        "installed", action="store_true", default=None)
     add("--resume", "go on with the run in --out", action="store_true")
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
@@ -173,7 +175,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 def configure(args: argparse.Namespace, saved: dict | None) -> dict:
     """What defines a run and is kept in its checkpoint: the options given over DEFAULTS, or over
     those of the saved run, of which only some may change. Raises ValueError."""
-    free = {"epochs": None, "steps": None, "device": "auto", "precision": "auto", "compile": False}
+    free = {"epochs": None, "steps": None, "device": "auto", "precision": "auto",
+            "compile": False, "tensorboard": False}
     known = {"model": args.model, "data": "data/mnist", **free, **DEFAULTS[args.model]}
     every = known.keys() | set().union(*DEFAULTS.values())
     given = {key: value for key, value in vars(args).items() if key in every and value is not None}
@@ -249,9 +252,10 @@ def start_metrics(path: Path, step: int):
 
 
 def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Path,
-          device: torch.device, state: dict | None) -> tuple[nn.Module, float]:
+          device: torch.device, state: dict | None, board=None) -> tuple[nn.Module, float]:
     """Train the model as configured, from the start or from a checkpoint's state: returns its EMA
-    and the images/s. A signal ends the program, with all saved.
+    and the images/s. A signal ends the program, with all saved. board: TensorBoard's writer, or
+    None.
 
     Raises OSError if a file can't be written, and FloatingPointError if the loss or its gradient
     is not a finite number.
@@ -348,13 +352,19 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
                     with open(out / "metrics.csv", "a") as file:  # row by row: it can be watched
                         print(step, f"{step / per_epoch:.4f}", mean, lr, f"{rate:.1f}",
                               f"{seconds:.3f}", sep=",", file=file)
+                if board:
+                    for name, value in (("loss", mean), ("lr", lr), ("images_per_second", rate)):
+                        board.add_scalar(name, value, step)
             if step % per_epoch == 0 or step == total:
                 checkpoint()
                 if RANK == 0:
                     with cast:
                         drawn = pictures(ema.module, to_float(test[:32], device), seed)
                     for name, x in drawn.items():
-                        write_png(out / f"{name}_{step:06d}.png", [grid(to_uint8(x))])
+                        picture = grid(to_uint8(x))
+                        write_png(out / f"{name}_{step:06d}.png", [picture])
+                        if board:
+                            board.add_image(name, picture, step)
                 clock = (step, time.perf_counter())
 
     if step < total:
@@ -374,7 +384,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
 def main(argv: list[str] | None = None):
     parser, args = parse_args(argv)
     out = args.out or Path("runs") / args.model
-    checkpoint = out / "checkpoint.pt"
+    checkpoint, board = out / "checkpoint.pt", None
     try:
         if checkpoint.exists() and not args.resume:
             raise ValueError(f"{checkpoint} exists: --resume goes on with that run, and --out with "
@@ -405,7 +415,14 @@ def main(argv: list[str] | None = None):
             raise ValueError(f"{size:,} parameters do not fit into {device}'s memory") from None
         torch.manual_seed(config["seed"])
         model = build_model(config)
+        if config["tensorboard"]:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard: pip install tensorboard first") from None
         out.mkdir(parents=True, exist_ok=True)
+        if config["tensorboard"] and RANK == 0:
+            board = SummaryWriter(out, purge_step=state["step"] + 1 if state else None)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -416,7 +433,7 @@ def main(argv: list[str] | None = None):
               f"{'×'.join(map(str, config['image_shape']))}, on {device}"
               + (f" and {RANKS - 1} more" if RANKS > 1 else ""))
     try:
-        ema, rate = train(config, model, images, test, out, device, state)
+        ema, rate = train(config, model, images, test, out, device, state, board)
     except FloatingPointError as error:
         parser.error(f"{error}: start again with a lower --lr, or go on from the last checkpoint "
                      f"with --resume --precision fp32")
@@ -425,6 +442,8 @@ def main(argv: list[str] | None = None):
     except OSError as error:
         parser.error(f"{error}; once that is mended, --resume goes on from the last checkpoint")
     finally:
+        if board:
+            board.close()
         if RANKS > 1:
             distributed.destroy_process_group()
     if RANK:
