@@ -321,7 +321,6 @@ def main(argv: list[str] | None = None):
                 check_output(option, path)
         if args.eta is not None and args.steps is None:
             raise ValueError("--eta goes with --steps: the full reverse chain has no eta")
-        args.eta = 1.0 if args.eta is None else args.eta
         device = pick_device(args.device)
         state = read_checkpoint(args.checkpoint)
         model = build_model(state["config"])
@@ -339,6 +338,7 @@ def main(argv: list[str] | None = None):
         parser.error(str(error))
 
     model.to(device).eval()
+    eta = 1.0 if args.eta is None else args.eta
     if args.compile:
         model.denoiser.compile(mode="reduce-overhead")
     length = args.steps or getattr(model, "T", None)
@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None):
     generator = torch.Generator(device).manual_seed(args.seed)
     try:
         with autocast(device):
-            images, film = draw(model, args.n, args.steps, args.eta, generator, chain + strip)
+            images, film = draw(model, args.n, args.steps, eta, generator, chain + strip)
         if args.out.suffix == ".pt":
             save(args.out, images)
         else:

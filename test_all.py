@@ -7,8 +7,10 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import inspect
 import io
 import math
+import operator
 import os
 import pickle
 import random
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import types
 import unittest
 import zlib
 from pathlib import Path
@@ -31,13 +34,14 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
+import ddpm as section_2
 import sample
 import train
+import unet as network
+import vae as section_1
 from ddpm import DDPM, SCHEDULES, cosine_alphas, exact_ddpm, linear_alphas, log_pixel_mass
-from ddpm import examples as section_2
 from unet import UNet
 from vae import VAE, GaussianMixture
-from vae import examples as section_1
 
 HERE = Path(__file__).resolve().parent
 MNIST = HERE / "data" / "mnist"
@@ -61,12 +65,6 @@ class Test(unittest.TestCase):
         worst = ((draws.mean(0) - expected).abs() / error).max().item()
         self.assertLess(worst, errors, f"{draws.mean(0)} should be {expected} ± {error}")
 
-    def assertExamples(self, rows):
-        """What a section says of its worked examples is what its file computes."""
-        for claim, paper, ours, tolerance in rows:
-            with self.subTest(claim):
-                self.assertAlmostEqual(paper, ours, delta=tolerance)
-
     def assertSame(self, a, b, where=""):
         """Bit for bit."""
         self.assertEqual(type(a), type(b), where)
@@ -83,6 +81,22 @@ class Test(unittest.TestCase):
             self.assertEqual((a.double() - b.double()).abs().sum().item(), 0, where)
         else:
             self.assertEqual(a, b, where)
+
+
+class TestExamples(Test):
+    """What a section says of its worked examples is what its file computes."""
+
+    def check(self, rows):
+        for claim, paper, ours, tolerance in rows:
+            with self.subTest(claim):
+                self.assertAlmostEqual(paper, ours, delta=tolerance)
+
+    def test_section_1(self):
+        self.check(section_1.examples())
+
+    def test_section_2(self):
+        for schedule in SCHEDULES:
+            self.check(section_2.examples(schedule))
 
 
 # ------------------------------------------------------------------------------ section 1
@@ -133,9 +147,6 @@ class TestGaussianMixture(Test):
 
 
 class TestVAE(Test):
-    def test_what_section_1_says(self):
-        self.assertExamples(section_1())
-
     def test_loss_is_minus_elbo_per_pixel(self):
         vae, x = VAE(), torch.rand(4, 1, 28, 28) * 2 - 1
         torch.manual_seed(1)
@@ -205,10 +216,6 @@ class TestSchedules(Test):
 
 
 class TestForward(Test):
-    def test_what_section_2_says(self):
-        for schedule in SCHEDULES:
-            self.assertExamples(section_2(schedule))
-
     def test_a_t_for_each_image(self):
         ddpm, x = DDPM(None, (1, 2, 2)), torch.randn(3, 1, 2, 2)
         t = torch.tensor([1, 500, 1000])
@@ -511,6 +518,13 @@ class FileTest(Test):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+
+    def pretend(self, name, module):
+        """Until the end of the test this is the module of that name; None: there is none."""
+        modules = {**sys.modules}
+        self.addCleanup(lambda: sys.modules.update({name: modules[name]}) if name in modules else
+                        sys.modules.pop(name))
+        sys.modules[name] = module
 
 
 class TestPNG(FileTest):
@@ -816,11 +830,11 @@ class TestEndToEnd(CommandTest):
         board = mock.MagicMock()
         package = mock.MagicMock(SummaryWriter=mock.Mock(return_value=board))
         arguments = self.train("vae", "--epochs", 1, "--tensorboard")
-        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
-            self.assertMistake("train.py", arguments, "--tensorboard: pip install tensorboard")
+        self.pretend("torch.utils.tensorboard", None)
+        self.assertMistake("train.py", arguments, "--tensorboard: pip install tensorboard")
+        self.pretend("torch.utils.tensorboard", package)
         quiet = io.StringIO()
-        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": package}), \
-                contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             train.main(list(map(str, arguments)))
         drawn = [call.args for call in board.add_scalar.call_args_list if call.args[0] == "loss"]
         self.assertEqual(drawn, [("loss", float(row["loss"]), int(row["step"]))
@@ -849,6 +863,76 @@ class TestEndToEnd(CommandTest):
                 self.assertIn("--" + name.replace("_", "-"), text)
                 value = " ".join(map(str, value)) if isinstance(value, list) else value
                 self.assertIn(f"{value} for {model}", text)
+
+
+class TestReadme(FileTest):
+    """What README.md says is so."""
+
+    def setUp(self):
+        super().setUp()
+        self.text = (HERE / "README.md").read_text()
+        self.blocks = re.findall(r"^```(\w*)\n(.*?)^```$", self.text, re.M | re.S)
+
+    def resolve(self, name):
+        names = {**vars(section_1), **vars(section_2), **vars(network), **globals()}
+        return operator.attrgetter(name)(types.SimpleNamespace(**names))
+
+    def test_every_name_is_one_and_every_link_leads_to_it(self):
+        names = re.findall(r"`((?:VAE|DDPM|UNet|GaussianMixture|Test\w+)(?:\.\w+)*)`", self.text)
+        self.assertGreater(len(names), 30)
+        for name in names:
+            self.assertTrue(callable(self.resolve(name)), name)
+        links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", self.text)
+        self.assertGreater(len(links), 30)
+        for name, file, line in links:
+            source = inspect.unwrap(self.resolve(name))
+            self.assertEqual((Path(inspect.getsourcefile(source)).name,
+                              inspect.getsourcelines(source)[1]), (file, int(line)), name)
+        for path in re.findall(r"\]\(([\w/.]+)\)", self.text):
+            self.assertTrue((HERE / path).exists(), path)
+
+    def test_every_command_parses(self):
+        inline = re.findall(r"`((?:python|torchrun) [^`]*)`", self.text)
+        blocks = [line.partition(" #")[0] for kind, block in self.blocks if not kind
+                  for line in block.splitlines()]
+        commands = [command.split() for line in inline + blocks for command in line.split(" && ")
+                    if re.match(r"(python|torchrun) ", command)]
+        self.assertGreater(len(commands), 20)
+        parsers = {"train.py": train.parse_args, "sample.py": sample.parse_args}
+        for command in commands:
+            script = next(word for word in command if word.endswith(".py"))
+            self.assertTrue((HERE / script).exists(), command)
+            options = command[command.index(script) + 1:]
+            with self.subTest(" ".join(command)):
+                if "--help" not in options and (options or script in parsers):
+                    parser, args = parsers[script](options)
+                    if script == "train.py":
+                        train.configure(args, None)
+
+    def test_every_block_of_python_runs(self):
+        # In a folder with what the blocks read, and without the one package that they ask for.
+        (self.folder / "data").symlink_to(HERE / "data")
+        for name in ("photos", "cifar-10-batches-bin"):
+            (self.folder / name).mkdir()
+        (self.folder / "photos" / "cat.jpg").touch()
+        (self.folder / "cifar-10-batches-bin" / "data_batch_1.bin").write_bytes(bytes(5 * 3073))
+        torch.save(torch.randint(0, 256, (100, 1, 28, 28), dtype=torch.uint8),
+                   self.folder / "samples.pt")
+        pillow = mock.MagicMock()
+        photo = pillow.Image.open.return_value.convert.return_value.resize.return_value
+        photo.tobytes.return_value = bytes(32 * 32 * 3)
+        blocks = [block for kind, block in self.blocks if kind == "python"]
+        self.assertGreater(len(blocks), 5)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        self.pretend("PIL", pillow)
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            for block in blocks:
+                with self.subTest(block):
+                    exec(block.replace("60_000", "1_000"), {})
+        self.assertRegex(output.getvalue(), r"samples [\d.]+\ntraining images [\d.]+\n")
+        for file, shape in (("photos.pt", (1, 3, 32, 32)), ("cifar10.pt", (5, 3, 32, 32))):
+            self.assertEqual(sample.load(self.folder / file).shape, shape)
 
 
 class TestRuns(CommandTest):
