@@ -42,8 +42,9 @@ def linear_alphas(T: int) -> Tensor:
 def cosine_alphas(T: int) -> Tensor:
     """α_1, …, α_T as a float64 (T,): ᾱ_t = f(t)/f(0) with f(t) = cos²(π/2 · (t/T + s)/(1 + s)).
 
-    "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), with its s = 0.008 and
-    its 1 − α_t ≤ 0.999. It destroys small images more evenly over t than the linear schedule.
+    Not in the paper, but in "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672),
+    with its s = 0.008 and its 1 − α_t ≤ 0.999. It destroys small images more evenly over t than
+    the linear schedule, which leaves little but noise in the later half of the chain.
     """
     s = 0.008
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -57,8 +58,9 @@ SCHEDULES = {"linear": linear_alphas, "cosine": cosine_alphas}
 def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log ∫ N(y | mean, std²) dy over the bin of the 8-bit pixel x, elementwise, in nats.
 
-    The 256 values of a pixel lie 2/255 apart on [-1, 1]; a bin reaches half-way to the neighbours,
-    and the two outermost to ±∞, so that the 256 masses sum to 1.
+    What the paper's p_θ(x_0 | x_1) is for pixels, from arXiv 2006.11239, section 3.3. Their 256
+    values lie 2/255 apart on [-1, 1]; a bin reaches half-way to the neighbours, and the two
+    outermost to ±∞, so that the 256 masses sum to 1.
     """
     lower = torch.where(x < -1 + 1 / 255, -math.inf, (x - 1 / 255 - mean) / std)
     upper = torch.where(x > 1 - 1 / 255, math.inf, (x + 1 / 255 - mean) / std)
@@ -247,16 +249,14 @@ class DDPM(nn.Module):
         target = noise if self.predict == "noise" else x_0
         return F.mse_loss(self._denoise(self.q_sample(x_0, t, noise), t), target)
 
-    def forward(self, x_0: Tensor) -> Tensor:
-        """The loss, so that what wraps a module (data parallelism, say) can train this one."""
-        return self.loss(x_0)
+    forward = loss  # what wraps a module, like data parallelism, calls this
 
     @torch.no_grad()
     def elbo(self, x_0: Tensor, k: int | None = None, clip: bool = True,
              generator: Generator | None = None) -> dict[str, Tensor]:
-        """The three terms of §2.5, each (B,), in nats per 8-bit image x_0:
+        """log p(x_0) ≥ ELBO = reconstruction − prior_matching − consistency
 
-            log p(x_0) ≥ ELBO = reconstruction − prior_matching − consistency
+        The three terms of §2.5, each (B,), in nats per 8-bit image x_0.
 
         Evidence Lower Bound (§2.4) and Rewrite the Consistency Term (§2.5): the first form of the
         consistency term compares q(x_t | x_{t−1}), an arrow to the right, with p_θ(x_t | x_{t+1}),
@@ -331,7 +331,7 @@ class DDPM(nn.Module):
         return self.q_posterior(x_t, self.predict_x0(x_t, t, clip), t)
 
     def _noise(self, n: int, generator: Generator | None) -> Tensor:
-        """n images of N(0, I), on the network's device and in its precision."""
+        """x_T ~ N(0, I): n images, on the network's device and in its precision."""
         like = next(self.parameters(), torch.empty(0))
         return torch.randn(n, *self.image_shape, generator=generator, dtype=like.dtype,
                            device=like.device)

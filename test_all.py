@@ -989,7 +989,7 @@ class TestRuns(CommandTest):
         self.keep_signals()
         loss, bad = VAE.loss, iter([1] * 19 + [math.nan] + [1] * 5 + [math.inf])
         options = self.train("vae", "--steps", 40)
-        with mock.patch.object(VAE, "loss", lambda vae, x: next(bad) * loss(vae, x)):
+        with mock.patch.object(VAE, "forward", lambda vae, x: next(bad) * loss(vae, x)):
             self.assertMistake("train.py", options, r"step 20: the loss is nan.* last loss was "
                                r"0\.\d+.*--lr.*--resume")
             self.assertEqual(sample.read_checkpoint(self.checkpoint)["step"], 16)

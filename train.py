@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=4 train.py --model ddpm      on four devices
 
 Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples after every epoch.
-One loop serves both models: batch → loss → backward → clip → optimiser → EMA.
+One loop serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the
+loss; the rest of it is what a network needs to learn anything, as in most code of the field.
 """
 import argparse
 import gzip
@@ -330,8 +331,9 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
             optimizer.zero_grad()
             schedule.step()
             step += 1
-            # The decay is warmed up, so that the average spans the last tenth of the run so far
-            # and the random weights of its start are soon forgotten.
+            # Samples are drawn with a moving average of the weights, which jitter around it from
+            # step to step (arXiv 2006.11239 does the same). Its decay is warmed up, so that it
+            # spans the last tenth of the run so far and soon forgets the random start.
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(EMA_DECAY, step / (step + 10)))
             ema.update_parameters(model)
             losses.append(loss.detach())

@@ -101,8 +101,9 @@ class VAE(nn.Module):
         self.latent_dim = latent_dim
         self.decoder_std = decoder_std
 
-        # Two halvings down, two doublings up. GroupNorm is what keeps training from settling, in
-        # its first steps, for q_φ(z | x) = p(z) and one average image ("posterior collapse").
+        # The paper leaves the networks open. Two halvings down, two doublings up; GroupNorm (arXiv
+        # 1803.08494) is what keeps training from settling, in its first steps, for q_φ(z | x) = p(z)
+        # and one average image ("posterior collapse").
         def activation(c: int) -> nn.Module:
             return nn.Sequential(nn.GroupNorm(math.gcd(8, c), c), nn.SiLU())
 
@@ -121,7 +122,7 @@ class VAE(nn.Module):
             nn.Conv2d(c, 4 * C, 3, padding=1), nn.PixelShuffle(2), nn.Tanh())
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q_φ(z | x): its (mu, log_var), (B, d) each."""
+        """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x)) (§1.1): (mu, log_var), (B, d) each."""
         if x.shape[1:] != self.image_shape or not x.is_floating_point():
             raise ValueError(f"expected float images (B, {', '.join(map(str, self.image_shape))}), "
                              f"got {x.dtype} {tuple(x.shape)}")
@@ -135,7 +136,10 @@ class VAE(nn.Module):
         return mu + (0.5 * log_var).exp() * torch.randn_like(mu)
 
     def decode(self, z: Tensor) -> Tensor:
-        """decode_θ(z), the mean of p_θ(x | z): (B, d) -> (B, C, H, W) in [-1, 1]."""
+        """decode_θ(z), the mean of p_θ(x | z) = N(x | decode_θ(z), σ_dec² I) (§1.1).
+
+        (B, d) -> (B, C, H, W) in [-1, 1].
+        """
         if z.shape[1:] != (self.latent_dim,) or not z.is_floating_point():
             raise ValueError(f"expected float z (B, {self.latent_dim}), "
                              f"got {z.dtype} {tuple(z.shape)}")
@@ -166,9 +170,7 @@ class VAE(nn.Module):
         terms = self.elbo(x)
         return (terms["kl"] - terms["reconstruction"]).mean() / x[0].numel()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The loss, so that what wraps a module (data parallelism, say) can train this one."""
-        return self.loss(x)
+    forward = loss  # what wraps a module, like data parallelism, calls this
 
     def bits_per_dim(self, x: Tensor, terms: dict[str, Tensor] | None = None) -> Tensor:
         """−ELBO / (D ln 2) of x as 8-bit pixels: (B,).
@@ -181,9 +183,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """n new images (n, C, H, W) in [-1, 1]: Inference with VAE (§1.5).
+        """x̂ = decode_θ(z) with z ~ N(0, I): n new images (n, C, H, W) in [-1, 1].
 
-        z ~ N(0, I), x̂ = decode_θ(z): the mean of p_θ(x | z), without its white noise of σ_dec.
+        Inference with VAE (§1.5): the mean of p_θ(x | z), without its white noise of σ_dec.
         generator: on the model's device.
         """
         like = next(self.parameters())
