@@ -101,9 +101,9 @@ class VAE(nn.Module):
         self.latent_dim = latent_dim
         self.decoder_std = decoder_std
 
-        # The paper leaves the networks open. Two halvings down, two doublings up; GroupNorm (arXiv
-        # 1803.08494) is what keeps training from settling, in its first steps, for q_φ(z | x) = p(z)
-        # and one average image ("posterior collapse").
+        # The paper leaves the networks open. Two halvings down, two doublings up. GroupNorm is what
+        # keeps training from settling, in its first steps, for q_φ(z | x) = p(z) and one average
+        # image ("posterior collapse").
         def activation(c: int) -> nn.Module:
             return nn.Sequential(nn.GroupNorm(math.gcd(8, c), c), nn.SiLU())
 
