@@ -292,8 +292,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         "0 to 1 (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--compile", action="store_true", help="ddpm: torch.compile the network (with CUDA graphs, "
-        "where there is CUDA): takes a minute, for many images")
+    add("--compile", action="store_true", help="ddpm: torch.compile the network, with CUDA graphs, "
+        "in a minute or two: for many images on a GPU")
     add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
         "(default: samples.png beside the checkpoint)")
     add("--chain", type=Path, metavar="FILE.png",

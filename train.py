@@ -152,7 +152,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--device", "auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--precision", "auto is bf16 autocast on hardware that has bf16 (default: auto)",
         choices=["auto", "fp32", "bf16"])
-    add("--compile", "torch.compile the networks: takes a minute or two, for runs of an hour",
+    add("--compile", "torch.compile the networks, in a minute or two: for long runs on a GPU",
         action="store_true", default=None)
     add("--tensorboard", "also write metrics and pictures for TensorBoard, where its package is "
         "installed", action="store_true", default=None)
