@@ -749,7 +749,8 @@ class CommandTest(FileTest):
         """It ends with status 2 and one line that says what is expected. In this process, to save
         the seconds of a start; two mistakes are also made the long way."""
         errors, main = io.StringIO(), {"train.py": train.main, "sample.py": sample.main}[script]
-        with self.subTest(expected), contextlib.redirect_stderr(errors):
+        with self.subTest(expected), contextlib.redirect_stderr(errors), \
+                contextlib.redirect_stdout(io.StringIO()):
             with self.assertRaises(SystemExit) as stop:
                 main(list(map(str, arguments)))
             self.assertEqual(stop.exception.code, 2)
