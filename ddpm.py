@@ -20,7 +20,11 @@ Models" (arXiv 2006.11239). Images are float tensors (B, C, H, W) in [-1, 1].
 `python ddpm.py` holds the section's claims against what this file computes.
 """
 import math
+import warnings
 from collections.abc import Callable, Iterator
+
+if __name__ == "__main__":  # torch's, as soon as it is imported, and no loss here
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 import torch
 import torch.nn.functional as F

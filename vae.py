@@ -10,6 +10,10 @@ an image, and both are distributions:
 learns them from images. `python vae.py` holds the section's claims against what this file computes.
 """
 import math
+import warnings
+
+if __name__ == "__main__":  # torch's, as soon as it is imported, and no loss here
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 import torch
 from torch import Generator, Tensor, nn
