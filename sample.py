@@ -329,10 +329,11 @@ def main(argv: list[str] | None = None):
         state = read_checkpoint(args.checkpoint)
         model = build_model(state["config"])
         model.load_state_dict(state["ema"])
-        foreign = VAE_ONLY if isinstance(model, DDPM) else DDPM_ONLY
+        foreign, kind = (VAE_ONLY, "vae") if isinstance(model, DDPM) else (DDPM_ONLY, "ddpm")
         for option in foreign:
             if getattr(args, option.replace("-", "_")):
-                raise ValueError(f"--{option}: {args.checkpoint} is a {state['config']['model']}")
+                raise ValueError(f"--{option} is for a {kind}, but {args.checkpoint} is a "
+                                 f"{state['config']['model']}")
         if args.steps and args.steps > model.T:
             raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
         if args.latent_grid and model.latent_dim != 2:
