@@ -128,7 +128,7 @@ class DDPM(nn.Module):
         with torch.device("cpu"):
             self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), SCHEDULES[schedule](T)])
         self.alpha_bar = self.alpha.cumprod(0)
-        self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal to noise; ∞ at t = 0
+        self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal to noise of x_t; ∞ at t = 0
         # How often training visits a time up to t, but for a factor; never t = 0.
         self.visits = ((1 / self.snr).clamp(max=1).cumsum(0) if t_sampling == "snr" else
                        torch.arange(T + 1, dtype=torch.float64))
@@ -241,11 +241,12 @@ class DDPM(nn.Module):
         training algorithm this drops them, which costs some likelihood and gives better pictures
         (arXiv 2006.11239, section 3.4).
 
-        t is uniform on {1, …, T}, as in the paper, or p(t) ∝ min(1, 1/snr(t)): with more signal
-        than noise in x_t little is left to learn, and more steps go to the other t. ("Efficient
-        Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556, does this by a factor
-        in the loss.) Either way the t of a batch are spread evenly over their distribution, which
-        makes the loss less noisy ("Variational Diffusion Models", arXiv 2107.00630).
+        t is uniform on {1, …, T}, as in the paper, or p(t) ∝ min(1, 1/snr(t)) with the
+        signal-to-noise ratio snr(t) = ᾱ_t / (1 − ᾱ_t): with more signal than noise in x_t little is
+        left to learn, and more steps go to the other t. ("Efficient Diffusion Training via Min-SNR
+        Weighting Strategy", arXiv 2303.09556, does this by a factor in the loss.) Either way the t
+        of a batch are spread evenly over their distribution, which makes the loss less noisy
+        ("Variational Diffusion Models", arXiv 2107.00630).
         """
         u = (torch.rand(1, dtype=torch.float64) + torch.arange(len(x_0)) / len(x_0)) % 1
         t = torch.searchsorted(self.visits, u * self.visits[-1], right=True).clamp(max=self.T)
@@ -335,7 +336,7 @@ class DDPM(nn.Module):
         return self.q_posterior(x_t, self.predict_x0(x_t, t, clip), t)
 
     def _noise(self, n: int, generator: Generator | None) -> Tensor:
-        """x_T ~ N(0, I): n images, on the network's device and in its precision."""
+        """n images of N(0, I), on the network's device and in its precision."""
         like = next(self.parameters(), torch.empty(0))
         return torch.randn(n, *self.image_shape, generator=generator, dtype=like.dtype,
                            device=like.device)

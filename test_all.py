@@ -147,6 +147,13 @@ class TestGaussianMixture(Test):
 
 
 class TestVAE(Test):
+    def test_kl_against_torch_distributions(self):
+        vae, x = VAE(), torch.rand(5, 1, 28, 28) * 2 - 1
+        mu, log_var = vae.encode(x)
+        q = Normal(mu, (0.5 * log_var).exp())
+        expected = kl_divergence(q, Normal(0.0, 1.0)).sum(1)
+        self.assertClose(vae.elbo(x)["kl"].detach(), expected.detach(), rtol=1e-4)
+
     def test_loss_is_minus_elbo_per_pixel(self):
         vae, x = VAE(), torch.rand(4, 1, 28, 28) * 2 - 1
         torch.manual_seed(1)
@@ -236,6 +243,12 @@ class TestForward(Test):
         a = ddpm.alpha_bar[400].item()
         self.assertMean(x_t, 0.8 * a**0.5)
         self.assertMean((x_t - 0.8 * a**0.5) ** 2, 1 - a)
+
+    def test_the_last_step_back_is_certain(self):
+        ddpm, x_t = DDPM(None, (1, 1, 1), 50, "linear"), torch.randn(3, 1, 1, 1).double()
+        mean, variance = ddpm.q_posterior(x_t, x_t / 2, 1)
+        self.assertClose(mean, x_t / 2)
+        self.assertEqual(variance.item(), 0)
 
     def test_bad_arguments(self):
         ddpm, x = DDPM(lambda x, t: x, (1, 2, 2), 10), torch.zeros(3, 1, 2, 2)
@@ -906,7 +919,7 @@ class TestReadme(FileTest):
             options = command[command.index(script) + 1:]
             with self.subTest(" ".join(command)):
                 if "--help" not in options and (options or script in parsers):
-                    parser, args = parsers[script](options)
+                    _, args = parsers[script](options)
                     if script == "train.py":
                         train.configure(args, None)
 
