@@ -1,7 +1,8 @@
 """Draw new images from a trained model: `python sample.py` after `python train.py --model …`.
 
-Inference with VAE (§1.5): decode z ~ N(0, I). Training and Inference (§2.7): run the reverse chain
-from x_T ~ N(0, I) to x_0, all T steps of it or, with --steps, a few of DDIM's.
+Numbers are those of version 3, January 2025, of the tutorial (arXiv 2403.18103). VAE (§1.3,
+Fig. 1.7): decode z ~ N(0, I). DDPM (§2.4, "Inference of DDPM"): run the reverse chain from
+x_T ~ N(0, I) to x_0, through all T steps or, with --steps, through a few of DDIM's (§2.6).
 
 Also here, because train.py needs them too: devices, files, checkpoints and PNG pictures.
 """
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, and no loss here
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without it
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,6 @@
 """The tests: `python test_all.py`, or `pytest test_all.py`. No network and no GPU needed.
 
-Every formula is held against an independent source: a closed form, torch.distributions, numerical
+Every formula is compared with an independent source: a closed form, torch.distributions, numerical
 integration, or a Monte-Carlo mean with a tolerance of 5 of its own standard errors.
 """
 import contextlib
@@ -84,19 +84,21 @@ class Test(unittest.TestCase):
 
 
 class TestExamples(Test):
-    """What a section says of its worked examples is what its file computes."""
+    """Every formula of a section's worked examples is what its file computes."""
 
     def check(self, rows):
-        for claim, paper, ours, tolerance in rows:
-            with self.subTest(claim):
-                self.assertAlmostEqual(paper, ours, delta=tolerance)
+        for what, formula, computed, tolerance in rows:
+            with self.subTest(what):
+                if tolerance is None:  # an error of the print
+                    self.assertGreater(abs(formula - computed), 1e-2)
+                else:
+                    self.assertAlmostEqual(formula, computed, delta=tolerance)
 
     def test_section_1(self):
         self.check(section_1.examples())
 
     def test_section_2(self):
-        for schedule in SCHEDULES:
-            self.check(section_2.examples(schedule))
+        self.check(section_2.examples())
 
 
 # ------------------------------------------------------------------------------ section 1
@@ -123,7 +125,13 @@ class TestGaussianMixture(Test):
                 joint = self.pi * parts.log_prob(x.view(50, 1, -1)).exp()
                 self.assertClose(mixture.posterior(x), joint / joint.sum(1, keepdim=True))
                 self.assertTrue((mixture.encode(x) == joint.argmax(1)).all())
-                self.assertClose(mixture.decode(torch.tensor([2, 0])), mu[[2, 0]])
+
+    def test_the_decoder_draws(self):
+        for name, mu in self.means.items():
+            with self.subTest(name):
+                x = GaussianMixture(self.pi, mu, self.sigma).decode(torch.full((50_000,), 2))
+                self.assertMean(x, mu[2])
+                self.assertMean((x - mu[2])**2, self.sigma[2]**2)
 
     def test_samples_have_the_moments_of_the_mixture(self):
         for name, mu in self.means.items():
@@ -171,6 +179,19 @@ class TestVAE(Test):
         density = Normal(vae.decode(z), 0.5).log_prob(x.clamp(-0.99, 0.99)).sum((1, 2, 3))
         bits = vae.bits_per_dim(x, {"reconstruction": density, "kl": torch.zeros(2)})
         self.assertClose(bits.detach(), (-mass / (784 * math.log(2))).detach(), rtol=1e-3)
+
+    def test_a_learned_decoder_std_is_the_root_of_the_mean_squared_error(self):
+        # The maximum of −D e / 2σ² − D log σ over σ, for a mean squared error e, is at σ² = e.
+        vae, x = VAE(decoder_std="learned"), torch.rand(32, 1, 28, 28) * 2 - 1
+        optimizer = torch.optim.Adam([vae.log_decoder_std], 0.02)
+        for _ in range(200):
+            optimizer.zero_grad()
+            vae.loss(x).backward()
+            optimizer.step()
+        with torch.no_grad():
+            mu, log_var = vae.encode(x)
+            error = (x - vae.decode(vae.reparameterize(mu, log_var))).square().mean()
+        self.assertClose(vae.decoder_std.detach(), error.sqrt(), rtol=0.01)
 
     def test_every_size_from_8_up(self):
         for shape in ((1, 8, 8), (1, 28, 28), (3, 32, 32), (1, 33, 33), (3, 64, 64), (2, 9, 31)):
@@ -221,6 +242,15 @@ class TestSchedules(Test):
                 self.assertEqual(ddpm.alpha_bar.dtype, torch.float64)
                 self.assertTrue((ddpm.alpha[1:] > 0).all() and (ddpm.alpha[1:] < 1).all())
 
+    def test_a_schedule_of_one_s_own(self):
+        alphas = torch.tensor([0.97, 0.5, 0.1], dtype=torch.float64)
+        ddpm = DDPM(None, (1, 1, 1), 3, alphas)
+        self.assertSame(ddpm.alpha, torch.cat([torch.ones(1).double(), alphas]))
+        self.assertClose(ddpm.alpha_bar, [1, 0.97, 0.485, 0.0485])
+        for wrong in ([0.5, 0.5], [0.5, 0.5, 1.0], [0.5, 0.0, 0.5], [0.5, math.nan, 0.5]):
+            with self.assertRaisesRegex(ValueError, "schedule must be T = 3 numbers"):
+                DDPM(None, (1, 1, 1), 3, torch.tensor(wrong))
+
 
 class TestForward(Test):
     def test_a_t_for_each_image(self):
@@ -230,7 +260,7 @@ class TestForward(Test):
             mean, variance = method(x, t)
             for i in range(3):
                 self.assertClose(mean[i:i + 1], method(x[i:i + 1], int(t[i]))[0])
-                self.assertClose(variance[i:i + 1], method(x[i:i + 1], int(t[i]))[1])
+                self.assertClose(variance[i].item(), method(x[i:i + 1], int(t[i]))[1].item())
 
     def test_coefficients_are_right_to_the_last_float32_digit(self):
         ddpm = DDPM(None, (1, 1, 1), 1000, "linear")
@@ -278,6 +308,11 @@ class TestForward(Test):
                 ddpm.sample(1, steps, eta)
 
 
+def pixel_ddpm(T, predict="noise"):
+    """With an exact denoiser, for pixels in [-1, 1], unlike those of Ex. 2.1."""
+    return exact_ddpm(T, predict, "linear", mu=(-0.5, 0.4), sigma=(0.05, 0.1))
+
+
 class TestLoss(Test):
     def test_how_often_each_t_is_drawn(self):
         alpha_bar = linear_alphas(10).cumprod(0)
@@ -308,8 +343,8 @@ class TestLoss(Test):
 
     def test_the_exact_denoiser_minimises_it(self):
         # The least mean squared error is E Var[x_0 | x_t]; any other estimate adds its square.
-        ddpm = exact_ddpm(50)
-        x_0 = ddpm.denoiser.p(0).sample((50_000,)).view(-1, 1, 1, 1)
+        ddpm = pixel_ddpm(50)
+        x_0 = ddpm.denoiser.p(ddpm.alpha_bar[0]).sample((50_000,)).view(-1, 1, 1, 1)
         x_t = ddpm.q_sample(x_0, 25, torch.randn_like(x_0))
         error = (ddpm.predict_x0(x_t, 25) - x_0).flatten()
         self.assertMean(error, 0)
@@ -322,19 +357,21 @@ class TestMixture(Test):
 
     def test_score_is_the_gradient_of_log_p_t(self):
         for predict in ("image", "noise"):
-            ddpm = exact_ddpm(100, predict)
+            ddpm = pixel_ddpm(100, predict)
             for t in (1, 20, 100):
                 x = torch.linspace(-1, 1, 21, dtype=torch.float64).requires_grad_()
-                gradient, = torch.autograd.grad(ddpm.denoiser.p(t).log_prob(x).sum(), x)
+                p_t = ddpm.denoiser.p(ddpm.alpha_bar[t])
+                gradient, = torch.autograd.grad(p_t.log_prob(x).sum(), x)
                 score = ddpm.score(x.detach().view(-1, 1, 1, 1), t)
                 self.assertClose(score.flatten(), gradient, rtol=1e-5)
 
     def test_the_reverse_chain_draws_from_the_mixture(self):
         for predict, sampler in (("image", {}), ("noise", {"steps": 500, "eta": 0.0})):
-            ddpm = exact_ddpm(4000, predict)
+            ddpm = pixel_ddpm(4000, predict)
             x = ddpm.sample(20_000, generator=torch.Generator().manual_seed(1), **sampler).flatten()
             left = x < 0  # 0 is 5 σ from one mean and 4 σ from the other
-            self.assertMean(left, ddpm.denoiser.p(0).cdf(torch.zeros(1).double()).item())
+            data = ddpm.denoiser.p(ddpm.alpha_bar[0])
+            self.assertMean(left, data.cdf(torch.zeros(1).double()).item())
             for k, part in ((0, x[left]), (1, x[~left])):
                 self.assertMean(part, ddpm.denoiser.mu[k].item())
                 # σ_q² is the least variance that a reverse step can have; the chain comes out
@@ -342,8 +379,8 @@ class TestMixture(Test):
                 self.assertClose(part.std(), ddpm.denoiser.sigma[k], rtol=0.03)
 
     def test_unclipped_steps_are_the_paper_s_formula_in_epsilon(self):
-        # §2.8: μ_θ(x_t) = [x_t − (1 − α_t)/√(1 − ᾱ_t) ε̂_θ(x_t)] / √α_t
-        ddpm, x_t = exact_ddpm(50), torch.randn(10, 1, 1, 1).double()
+        # (2.52): μ_θ(x_t) = [x_t − (1 − α_t)/√(1 − ᾱ_t) ε̂_θ(x_t)] / √α_t
+        ddpm, x_t = pixel_ddpm(50), torch.randn(10, 1, 1, 1).double()
         for t in range(1, 51):
             a, a_bar = ddpm.alpha[t], ddpm.alpha_bar[t]
             noise = ddpm.denoiser(x_t, torch.tensor([t]))
@@ -351,7 +388,7 @@ class TestMixture(Test):
             self.assertClose(mean, (x_t - (1 - a) / (1 - a_bar).sqrt() * noise) / a.sqrt())
 
     def test_ddim_visits_both_ends_and_is_deterministic(self):
-        ddpm = exact_ddpm(100)
+        ddpm = pixel_ddpm(100)
         for steps in (1, 2, 7, 50, 99, 100):
             chains = [list(ddpm.ddim_chain(5, steps, generator=torch.Generator().manual_seed(1)))
                       for _ in range(2)]
@@ -362,6 +399,7 @@ class TestMixture(Test):
                 self.assertEqual(times[-2], 1)
             for (_, x), (_, y) in zip(*chains):
                 self.assertTrue((x == y).all())
+
 
 class TestElbo(Test):
     def test_pixel_masses(self):
@@ -825,6 +863,14 @@ class TestEndToEnd(CommandTest):
         (picture,), _ = decode_png(self.run_folder / "samples.png")
         self.assertEqual(picture.shape, (1, 8 * 30 + 2, 8 * 30 + 2))
 
+    def test_a_learned_decoder_std(self):
+        self.command("train.py", *self.train("vae", "--steps", 32, "--decoder-std", "learned"))
+        state = sample.read_checkpoint(self.checkpoint)
+        for weights in (state["model"], state["ema"]):
+            self.assertLess(weights["log_decoder_std"].item(), -0.02)
+        self.command("sample.py", "--checkpoint", self.checkpoint)
+        self.command("train.py", *self.train("vae", "--steps", 48, "--resume"))
+
     def test_latent_grid(self):
         flat, file = self.folder / "flat", self.folder / "grid.png"
         self.command("train.py", *self.train("vae", "--steps", 1, "--latent-dim", 2, out=flat))
@@ -1076,7 +1122,7 @@ class TestRuns(CommandTest):
                 ("--attention", ddpm, 5, -1, "nan", 10**30),
                 ("--dropout", ddpm, 1, -1, "nan", 1e30),
                 ("--latent-dim", vae, 0, -1, "nan", 10**30),
-                ("--decoder-std", vae, 0, -1, "nan", "inf", 1e30),
+                ("--decoder-std", vae, 0, -1, "nan", "inf", 1e30, "taught"),
                 ("--schedule", ddpm, "sine"), ("--predict", ddpm, "x"),
                 ("--precision", vae, "fp16"),
                 ("--device", vae, "cuda:99", "gpu", "cuda:-1", ""), ("--timesteps", vae, 10)):

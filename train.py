@@ -6,7 +6,8 @@
 
 Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples after every epoch.
 One loop serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the
-loss; the rest of it is what a network needs to learn anything, as in most code of the field.
+loss (§1.3, Thm 1.4; §2.4 and §2.5, "Training Algorithm for DDPM", in version 3 of January 2025).
+The rest is what most code of the field does to train a network.
 """
 import argparse
 import gzip
@@ -21,7 +22,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-# Two of torch's that tell a user of this nothing.
+# Two warnings of torch that mean nothing here: there is no NumPy, and strides may differ.
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
@@ -37,7 +38,7 @@ from sample import (Parser, autocast, build_model, grid, load, number, pick_devi
                     read_checkpoint, save, to_uint8, write_file, write_png)
 from vae import VAE
 
-# What --model leaves to choose, and how it is chosen where the command line does not say.
+# The options that --model brings with it, and their defaults.
 DEFAULTS = {
     "ddpm": dict(steps=6400, batch_size=32, lr=1e-3, seed=0, timesteps=1000, schedule="cosine",
                  predict="noise", t_sampling="snr", channels=16, multipliers=[1, 2, 4], blocks=1,
@@ -45,7 +46,7 @@ DEFAULTS = {
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
                 channels=16),
 }
-# The test ELBO at the end: on how many images, and how it is estimated.
+# The test ELBO at the end: the number of images, and the options of the model's `elbo`.
 EVALUATION = {"ddpm": (256, {"k": 20}), "vae": (10_000, {})}
 COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "seconds")
 ROW = 10  # steps between two rows of metrics.csv
@@ -169,7 +170,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         type=number(int, 0, 10**9))
     add("--dropout", "in the residual blocks", type=number(float, 0, 0.999))
     add("--latent-dim", "length of z", type=width)
-    add("--decoder-std", "sigma of p(x|z), for pixels in [-1, 1]", type=number(float, 1e-6, 1e6))
+    add("--decoder-std", "sigma of p(x|z), for pixels in [-1, 1], or the word learned",
+        type=lambda text: text if text == "learned" else number(float, 1e-6, 1e6)(text))
     return parser, parser.parse_args(argv)
 
 
@@ -245,8 +247,8 @@ def learning_rate(step: int, total: int) -> float:
 
 
 def start_metrics(path: Path, step: int):
-    """Write the head of metrics.csv, and again the rows up to this step, where a resumed run has
-    some; later ones are of a future that was lost."""
+    """Write metrics.csv with its head and, for a resumed run, its rows up to this step. Rows after
+    the last checkpoint are dropped: those steps will be taken again."""
     rows = path.read_text().splitlines(keepends=True)[1:] if step and path.exists() else []
     kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
     write_file(path, "".join([",".join(COLUMNS) + "\n", *kept]).encode())
@@ -285,13 +287,13 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
         then = time.perf_counter()
         for child in model.children():
             child.compile()
-        with cast:  # what torch compiles is what it first sees run
+        with cast:  # torch compiles when the network runs for the first time
             loss = model(to_float(images[:batch_size // RANKS], device))
         loss.backward()
         optimizer.zero_grad()
         if RANK == 0:
             print(f"compiled in {time.perf_counter() - then:.0f} s")
-    # Here the ranks wait for one another: none writes before all have found their input in order.
+    # Here the ranks wait for one another: none writes before all have checked their input.
     network = DistributedDataParallel(model) if RANKS > 1 else model
 
     def checkpoint():
@@ -340,7 +342,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
             stop.fill_(max(signals, default=0))
             if RANKS > 1:
                 distributed.all_reduce(losses[-1].div_(RANKS))
-                distributed.all_reduce(stop, distributed.ReduceOp.MAX)  # it reached them apart
+                distributed.all_reduce(stop, distributed.ReduceOp.MAX)  # a signal for one is for all
             bar.update(batch_size)
 
             if step % ROW == 0 or step == total:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The denoiser that section 2 of the tutorial (arXiv 2403.18103) calls x̂_θ(x_t) or ε̂_θ(x_t).
+"""The denoiser, x̂_θ(x_t) of §2.4 or ε̂_θ(x_t) of §2.5 in version 3, January 2025, of the tutorial
+(arXiv 2403.18103).
 
 The tutorial leaves the network open: anything that maps a noisy image x_t and its time t to an
 image of the same shape will do. This is the U-Net of "Denoising Diffusion Probabilistic Models"

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Section 1 of the tutorial (arXiv 2403.18103): the variational auto-encoder.
+"""Section 1 of the tutorial: the variational auto-encoder (VAE).
+
+All numbers (§, theorem, example, equation) are those of version 3, January 2025, of Stanley Chan,
+"Tutorial on Diffusion Models for Imaging and Vision" (arXiv 2403.18103).
 
 Building Blocks (§1.1). An encoder turns the image x into a latent z, a decoder turns z back into
 an image, and both are distributions:
 
     x ──> q_φ(z | x) ──> z ──> p_θ(x | z) ──> x̂            p(z) = N(0, I)
 
-`GaussianMixture` is the paper's worked example, in which all of them are known exactly; `VAE`
-learns them from images. `python vae.py` holds the section's claims against what this file computes.
+`GaussianMixture` is Ex. 1.2, in which all of them are known exactly; `VAE` learns them from images.
+`python vae.py` computes the section's examples and theorems, each beside its formula.
 """
 import math
 import warnings
 
-if __name__ == "__main__":  # torch's, as soon as it is imported, and no loss here
+if __name__ == "__main__":  # torch can do without NumPy, and so can this file
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 import torch
@@ -21,9 +24,9 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 
 class GaussianMixture:
-    """The example of §1.1: the latent is the number z = k of a Gaussian.
+    """Ex. 1.2, (1.1): the latent z = k says which Gaussian x comes from.
 
-    p(z = k) = π_k, p(x | k) = N(x | μ_k, σ_k² I), p(x) = Σ_k π_k N(x | μ_k, σ_k² I).
+    p(k) = π_k, p(x | k) = N(x | μ_k, σ_k² I), p(x) = Σ_k π_k N(x | μ_k, σ_k² I).
 
     Args:
         weights: π, (K,), positive; scaled to sum 1.
@@ -43,11 +46,9 @@ class GaussianMixture:
         self.weights = self.weights / self.weights.sum()
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """k ~ π, then x ~ N(μ_k, σ_k² I): n independent x, (n,) or (n, d)."""
+        """k ~ π, then x ~ p(x | k): n independent x, (n,) or (n, d)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        mean = self.decode(k)
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
-        return mean + self.stds[k].view(-1, *[1] * (mean.ndim - 1)) * noise
+        return self.decode(k, generator)
 
     def _log_joint(self, x: Tensor) -> Tensor:
         """log π_k + log N(x | μ_k, σ_k² I): (n, K)."""
@@ -64,33 +65,37 @@ class GaussianMixture:
         return self._log_joint(x).softmax(-1)
 
     def encode(self, x: Tensor) -> Tensor:
-        """k̂(x) = arg max_k p(k | x): the most probable Gaussian, (n,) integers."""
+        """The encoder: arg max_k p(k | x), the most probable Gaussian, (n,) integers."""
         return self.posterior(x).argmax(-1)
 
-    def decode(self, k: Tensor) -> Tensor:
-        """E[x | k] = μ_k: the picture that the code k stands for, (n,) or (n, d)."""
-        return self.means[k]
+    def decode(self, k: Tensor, generator: Generator | None = None) -> Tensor:
+        """The decoder: a draw of x ~ p(x | k) = N(μ_k, σ_k² I) for each k, (n,) or (n, d)."""
+        mean = self.means[k]
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+        return mean + self.stds[k].view(-1, *[1] * (mean.ndim - 1)) * noise
 
 
 class VAE(nn.Module):
-    """The variational auto-encoder of §1.
+    """The variational auto-encoder of §1.1.
 
-        q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))      the encoder network gives μ_φ and log σ_φ²
-        p_θ(x | z) = N(x | decode_θ(z), σ_dec² I)     the decoder network gives the mean
+        q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    (1.2)   (μ, log σ²) = Encoder_φ(x)
+        p_θ(x | z) = N(x | f_θ(z), σ_dec² I)        (1.3)   f_θ(z) = Decoder_θ(z)
         p(z)       = N(z | 0, I)
 
     Args:
         image_shape: (C, H, W) with H and W at least 8.
         latent_dim: d, the length of z.
         channels: width at half resolution; twice that at quarter resolution.
-        decoder_std: σ_dec, on the scale of pixels in [-1, 1]. Small: sharp reconstructions, but
-            of z that together cover N(0, I) badly, so that samples look wrong. Large: the reverse.
+        decoder_std: σ_dec, on the scale of pixels in [-1, 1], either a number or "learned", which
+            makes it one more parameter ((1.3) allows both). A small σ_dec gives sharp
+            reconstructions, but z that together do not fill N(0, I), so that samples look wrong.
+            A large one gives blurred reconstructions and better samples.
 
     Images are float tensors (B, C, H, W) in [-1, 1]. Bad arguments raise ValueError.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 8,
-                 channels: int = 16, decoder_std: float = 0.6):
+                 channels: int = 16, decoder_std: float | str = 0.6):
         super().__init__()
         if (len(image_shape) != 3 or not all(isinstance(n, int) for n in image_shape)
                 or image_shape[0] < 1 or min(image_shape[1:]) < 8):
@@ -99,14 +104,16 @@ class VAE(nn.Module):
         for name, value in (("latent_dim", latent_dim), ("channels", channels)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {value}")
-        if not 0 < decoder_std < math.inf:
-            raise ValueError(f"decoder_std must be positive and finite, got {decoder_std}")
+        if decoder_std != "learned" and not 0 < decoder_std < math.inf:
+            raise ValueError(f'decoder_std must be positive and finite, or "learned", '
+                             f"got {decoder_std!r}")
         C, H, W = self.image_shape = tuple(image_shape)
-        self.latent_dim = latent_dim
-        self.decoder_std = decoder_std
+        self.latent_dim, self._decoder_std = latent_dim, decoder_std
+        if decoder_std == "learned":
+            self.log_decoder_std = nn.Parameter(torch.zeros(()))  # it begins at σ_dec = 1
 
-        # The paper leaves the networks open. Two halvings down, two doublings up. GroupNorm is what
-        # keeps training from settling, in its first steps, for q_φ(z | x) = p(z) and one average
+        # The paper leaves the networks open. Here they halve the image twice, and double it twice.
+        # Without GroupNorm the first steps of training can end in q_φ(z | x) = p(z) and one average
         # image ("posterior collapse").
         def activation(c: int) -> nn.Module:
             return nn.Sequential(nn.GroupNorm(math.gcd(8, c), c), nn.SiLU())
@@ -125,25 +132,27 @@ class VAE(nn.Module):
             nn.Conv2d(2 * c, 4 * c, 3, padding=1), nn.PixelShuffle(2), activation(c),
             nn.Conv2d(c, 4 * C, 3, padding=1), nn.PixelShuffle(2), nn.Tanh())
 
+    @property
+    def decoder_std(self) -> float | Tensor:
+        """σ_dec: the given number or, if learned, a tensor ()."""
+        return self.log_decoder_std.exp() if self._decoder_std == "learned" else self._decoder_std
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x)) (§1.1): (mu, log_var), (B, d) each."""
+        """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x)) (§1.1, (1.2)): (mu, log_var), (B, d) each."""
         if x.shape[1:] != self.image_shape or not x.is_floating_point():
             raise ValueError(f"expected float images (B, {', '.join(map(str, self.image_shape))}), "
                              f"got {x.dtype} {tuple(x.shape)}")
         return self.encoder(x).to(x.dtype).chunk(2, dim=1)
 
     def reparameterize(self, mu: Tensor, log_var: Tensor) -> Tensor:
-        """z = μ + σ ⊙ ε with ε ~ N(0, I), (B, d).
+        """z = μ + σ ⊙ ε with ε ~ N(0, I), (B, d) (§1.3, (1.16) and Ex. 1.7).
 
-        Training VAE (§1.3): z ~ q_φ(z | x) written so that z is a differentiable function of φ.
+        z ~ q_φ(z | x), as a function of ε and φ: so ∇_φ passes through the expectation, too.
         """
         return mu + (0.5 * log_var).exp() * torch.randn_like(mu)
 
     def decode(self, z: Tensor) -> Tensor:
-        """decode_θ(z), the mean of p_θ(x | z) = N(x | decode_θ(z), σ_dec² I) (§1.1).
-
-        (B, d) -> (B, C, H, W) in [-1, 1].
-        """
+        """f_θ(z), the mean of p_θ(x | z) (§1.1, (1.3)): (B, d) -> (B, C, H, W) in [-1, 1]."""
         if z.shape[1:] != (self.latent_dim,) or not z.is_floating_point():
             raise ValueError(f"expected float z (B, {self.latent_dim}), "
                              f"got {z.dtype} {tuple(z.shape)}")
@@ -151,30 +160,38 @@ class VAE(nn.Module):
         return self.decoder(z)[:, :, :H, :W].to(z.dtype)  # 4 ⌈H/4⌉ may be more than H
 
     def elbo(self, x: Tensor) -> dict[str, Tensor]:
-        """The two terms of the Evidence Lower Bound (§1.2), each (B,), in nats per image:
+        """ELBO(x) = E_{q_φ(z | x)} log [p(x, z) / q_φ(z | x)]            (§1.2, Def. 1.3, (1.4))
 
-            log p(x) ≥ ELBO = reconstruction − kl
-            reconstruction = E_{q_φ(z | x)} log N(x | decode_θ(z), σ_dec² I), from one sample of z
-            kl             = KL(q_φ(z | x) ‖ N(0, I)) = ½ Σ (σ_φ² + μ_φ² − 1 − log σ_φ²)
+                = log p(x) − KL(q_φ(z | x) ‖ p(z | x))  ≤  log p(x)    (Thm 1.1, (1.6))
+                = reconstruction − kl                                  (Thm 1.2, (1.10))
 
-        Loss Function (§1.4) drops the constant −D/2 log(2π σ_dec²) of the Gaussian; here it is
-        kept, so that this is a bound on the log-density of x on [-1, 1]^D.
+        The two terms, each (B,), in nats per image with D pixels:
+
+            reconstruction = E_{q_φ(z | x)} log p_θ(x | z)
+                           = E [−‖x − f_θ(z)‖² / 2σ_dec² − (D/2) log(2π σ_dec²)]      (1.29), (1.30)
+            kl             = KL(q_φ(z | x) ‖ p(z)) = ½ Σ_i (σ_i² − 1 + μ_i² − log σ_i²)
+
+        The expectation is taken from one sample of z, M = 1 in (1.31). The KL is that of Thm 1.3
+        for two diagonal covariances: the encoder has a σ_i for each coordinate of z, where (1.26)
+        has one σ_φ for all. On [-1, 1]^D this bounds a log-density, which may be above 0.
         """
         mu, log_var = self.encode(x)
         x_hat = self.decode(self.reparameterize(mu, log_var))
-        reconstruction = Normal(x_hat, self.decoder_std, validate_args=False).log_prob(x)
-        kl = 0.5 * (log_var.exp() + mu.square() - 1 - log_var).sum(1)
-        return {"reconstruction": reconstruction.flatten(1).sum(1), "kl": kl}
+        variance = torch.as_tensor(self.decoder_std**2, dtype=x.dtype)
+        reconstruction = (-(x - x_hat).square() / (2 * variance)
+                          - 0.5 * torch.log(2 * math.pi * variance)).flatten(1).sum(1)
+        kl = 0.5 * (log_var.exp() - 1 + mu.square() - log_var).sum(1)
+        return {"reconstruction": reconstruction, "kl": kl}
 
     def loss(self, x: Tensor) -> Tensor:
-        """−ELBO / D (§1.4): a scalar, the mean over the batch, in nats for each of D pixels.
+        """−ELBO / D (§1.3, Thm 1.4): a scalar, the mean over the batch, in nats for each pixel.
 
-        Its gradient is that of ‖x − decode_θ(z)‖² / 2σ_dec² + KL, divided by D.
+        The maximum of (1.35) is the minimum of this. (1.35) prints + before the KL; (1.32) has −.
         """
         terms = self.elbo(x)
         return (terms["kl"] - terms["reconstruction"]).mean() / x[0].numel()
 
-    forward = loss  # what wraps a module, like data parallelism, calls this
+    forward = loss  # a module is called through forward, for example by DistributedDataParallel
 
     def bits_per_dim(self, x: Tensor, terms: dict[str, Tensor] | None = None) -> Tensor:
         """−ELBO / (D ln 2) of x as 8-bit pixels: (B,).
@@ -187,9 +204,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """x̂ = decode_θ(z) with z ~ N(0, I): n new images (n, C, H, W) in [-1, 1].
+        """x̂ = f_θ(z) with z ~ N(0, I): n new images (n, C, H, W) in [-1, 1].
 
-        Inference with VAE (§1.5): the mean of p_θ(x | z), without its white noise of σ_dec.
+        §1.3, Fig. 1.7: the mean of p_θ(x | z), to which a draw of x would add white noise of σ_dec.
         generator: on the model's device.
         """
         like = next(self.parameters())
@@ -198,81 +215,161 @@ class VAE(nn.Module):
         return self.decode(z)
 
 
-# ------------------------------------------------------------- the section's claims, computed
+# ------------------------------------------------------------- worked examples: python vae.py
 
 
 class LinearVAE(VAE):
-    """x = w z + σ_dec ε with one number z, so that all that a VAE bounds is known:
+    """Ex. 1.3: q_φ(z | x) = N(ax + b, t² I) and p_θ(x | z) = N(cz + v, s² I), d = 64 numbers each.
 
-        p(x)     = N(x | 0, w wᵀ + σ_dec² I)
-        p(z | x) = N(z | s² wᵀx / σ_dec², s²),   s² = 1 / (1 + ‖w‖² / σ_dec²)
+    (The print has p_θ(x | z) as a density of z, with mean cx + v.) With p(z) = N(0, I) this makes
 
-    Its q_φ(z | x) is p(z | x), moved by `off`.
+        p(x)     = N(v, (c² + s²) I)
+        p(z | x) = N(c (x − v) / (c² + s²), s² / (c² + s²) I)
     """
 
-    def __init__(self, off: float):
-        super().__init__((1, 8, 8), latent_dim=1, decoder_std=0.5)
-        self.double()
-        self.w, self.off = torch.linspace(-0.3, 0.3, 64, dtype=torch.float64), off
-        self.variance = 1 / (1 + self.w @ self.w / self.decoder_std**2)
+    def __init__(self, a: float, b: float, t: float, c: float, v: float, s: float):
+        super().__init__((1, 8, 8), latent_dim=64, decoder_std=s)
+        self.t, self.s = t, s
+        self.a, self.b, self.c, self.v = (
+            nn.Parameter(torch.tensor(value).double()) for value in (a, b, c, v))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu = self.variance * x.flatten(1) @ self.w / self.decoder_std**2 + self.off
-        return mu[:, None], self.variance.log().expand(len(x), 1)
+        mu = self.a * x.flatten(1) + self.b
+        return mu, torch.full_like(mu, 2 * math.log(self.t))
 
     def decode(self, z: Tensor) -> Tensor:
-        return (z * self.w).view(-1, 1, 8, 8)
+        return (self.c * z + self.v).view(-1, 1, 8, 8)
+
+    def gap(self, x: Tensor) -> Tensor:
+        """KL(q_φ(z | x) ‖ p(z | x)): (B,)."""
+        total = self.c**2 + self.s**2
+        posterior = Normal(self.c * (x.flatten(1) - self.v) / total, self.s / total.sqrt())
+        return kl_divergence(Normal(self.encode(x)[0], self.t), posterior).sum(1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x): (B,)."""
+        return Normal(self.v, (self.c**2 + self.s**2).sqrt()).log_prob(x.flatten(1)).sum(1)
 
 
-def examples() -> list[tuple[str, float, float, float]]:
-    """What §1 says and what this file computes: rows of (claim, paper, ours, tolerance).
+def examples() -> list[tuple[str, float, float, float | None]]:
+    """Rows of ("formula | computed", formula, computed, tolerance).
 
-    Where a row is a mean of random draws its tolerance is 5 standard errors.
+    Where a side is a mean of random draws the tolerance is 5 standard errors. A tolerance of None
+    marks a formula that is printed in the paper and that the computation does not confirm.
     """
     rows = []
 
-    def row(claim: str, paper: float | Tensor, ours: Tensor):
-        error = 5 * ours.std().item() / len(ours)**0.5 if ours.ndim else 1e-6
-        rows.append((claim, float(paper), ours.mean().item(), error))
+    def row(what: str, formula: float | Tensor, computed: Tensor, differ: bool = False):
+        formula, computed = (torch.as_tensor(x).detach().double() for x in (formula, computed))
+        variance = sum(x.var() / x.numel() for x in (formula, computed) if x.numel() > 1)
+        tolerance = max(5 * float(variance) ** 0.5, 1e-6)
+        rows.append((what, formula.mean().item(), computed.mean().item(),
+                     None if differ else tolerance))
 
-    pi, mu, sigma = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 2.0]), torch.tensor(0.8)
-    mixture = GaussianMixture(pi, mu, sigma.expand(2))
+    pi, mu, sigma = (torch.tensor(values).double()
+                     for values in ((0.3, 0.7), (-2.0, 2.0), (0.2, 1.0)))  # as in Ex. 2.1
+    mixture = GaussianMixture(pi, mu, sigma)
     x, mean = mixture.sample(1_000_000), pi @ mu
-    row("§1.1  decoder: E[x] = Σ π_k μ_k", mean, x)
-    row("      E[(x − E[x])²] = Σ π_k (σ_k² + μ_k²) − E[x]²",
-        sigma**2 + pi @ mu**2 - mean**2, (x - mean)**2)
-    odds = (pi[1] / pi[0]).log() + (mu[0]**2 - mu[1]**2) / (2 * sigma**2)
-    row("      encoder: p(k = 2 | x = 0), by Bayes' rule", odds.sigmoid(),
-        mixture.posterior(torch.zeros(1))[0, 1])
-    border = mu.mean() - sigma**2 * (pi[1] / pi[0]).log() / (mu[1] - mu[0])
-    right = torch.special.ndtr(torch.stack([border - mu[0], mu[1] - border]) / sigma)
-    row("      arg max p(k | x) is the true k in this share of cases", pi @ right,
-        mixture.posterior(x).max(-1).values)
+    row("Ex. 1.2   Σ π_k μ_k | mean of x ~ p(x | k), k ~ π", mean, x)
+    row("          Σ π_k (σ_k² + μ_k²) − mean² | variance", pi @ (sigma**2 + mu**2) - mean**2,
+        (x - mean)**2)
+    at = torch.tensor([-1.5], dtype=torch.float64)
+    joint = pi * (-(at - mu)**2 / (2 * sigma**2)).exp() / sigma
+    row("          p(k = 1 | x = −1.5), by Bayes' rule | GaussianMixture.posterior",
+        joint[0] / joint.sum(), mixture.posterior(at)[0, 0])
+    grid = torch.linspace(-10, 10, 200_001, dtype=torch.float64)
+    k = torch.multinomial(pi, 1_000_000, replacement=True)
+    row("          ∫ max_k π_k p(x | k) dx | share of encode(decode(k)) = k", torch.trapezoid(
+        (pi * Normal(mu, sigma).log_prob(grid[:, None]).exp()).amax(1), grid),
+        mixture.encode(mixture.decode(k)) == k)
 
-    x = 0.5 * torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    for off in (0.0, 0.5):
-        vae = LinearVAE(off)
-        p_x = MultivariateNormal(torch.zeros_like(vae.w), torch.outer(vae.w, vae.w)
-                                 + vae.decoder_std**2 * torch.eye(64))
-        q = Normal(*(value.squeeze() for value in (vae.encode(x)[0], vae.variance.sqrt())))
-        gap = kl_divergence(q, Normal(q.mean - off, q.stddev))
-        terms = vae.elbo(x.expand(100_000, -1, -1, -1))
-        row(f"§1.2  ELBO = log p(x) − KL(q ‖ p(z | x)), where KL = {gap:.4f}",
-            p_x.log_prob(x.flatten()) - gap, terms["reconstruction"] - terms["kl"])
+    # x ~ N(μ, σ² I), and the encoder and decoder of Ex. 1.4 and 1.5 apart from their variances.
+    d, mu, sigma = 64, 0.3, 0.5
+    x_many = mu + sigma * torch.randn(50_000, 1, 8, 8, dtype=torch.float64)
+    x = x_many[:1]
+    true = Normal(mu, sigma).log_prob(x).sum()
 
-    m, log_var = (torch.full((1_000_000, 1), value, requires_grad=True) for value in (0.7, -0.4))
-    vae.reparameterize(m, log_var).square().sum().backward()
-    row("§1.3  z = μ + σ ⊙ ε: the gradient of E[z²] in μ, 2μ", 1.4, m.grad.flatten())
-    row("      and in log σ², σ²", math.exp(-0.4), log_var.grad.flatten())
-    row("§1.4  KL(q ‖ N(0, 1)) in closed form", kl_divergence(q, Normal(0.0, 1.0)),
-        terms["kl"][0])
-    row("§1.5  z ~ N(0, 1): E‖decode(z)‖² = ‖w‖²", vae.w @ vae.w,
-        vae.sample(200_000).square().sum((1, 2, 3)))
+    def world(t: float, s: float) -> LinearVAE:
+        return LinearVAE(a=1 / sigma, b=-mu / sigma, t=t, c=sigma, v=mu, s=s)
+
+    def elbo(vae: LinearVAE, x: Tensor = x.expand(50_000, -1, -1, -1)) -> Tensor:
+        terms = vae.elbo(x)
+        return terms["reconstruction"] - terms["kl"]
+
+    vae = world(t=0.5, s=0.5)
+    row("Ex. 1.3   σ² | variance of x̂ = cz + v, z ~ N(0, I), where c = σ, v = μ", sigma**2,
+        (vae.sample(50_000).flatten(1)[:, 0] - mu)**2)
+    vae = LinearVAE(a=1.5, b=-0.2, t=0.7, c=0.6, v=0.1, s=0.8)
+    mu_z, log_var = vae.encode(x.expand(50_000, -1, -1, -1))
+    q = Normal(mu_z, (0.5 * log_var).exp())
+    z = q.sample()
+    ratio = (Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(1) + Normal(
+        vae.decode(z).flatten(1), vae.s).log_prob(x.flatten(1)).sum(1)
+    row("Thm 1.1   log p(x) − KL(q ‖ p(z | x)) | E_q log p(x, z)/q(z | x), Def. 1.3",
+        vae.log_prob(x) - vae.gap(x), ratio)
+    row("Thm 1.2   log p(x) − KL(q ‖ p(z | x)) | reconstruction − kl, by VAE.elbo",
+        vae.log_prob(x) - vae.gap(x), elbo(vae))
+    for a in (1 / sigma, 0.8 / sigma):
+        vae = LinearVAE(a=a, b=-mu / sigma, t=0.1, c=sigma, v=mu, s=0.1 * sigma)
+        row(f"Ex. 1.4   KL(q ‖ p(z | x)) | log p(x) − ELBO, t = 0.1, a = {a * sigma:.1f}/σ", vae.gap(x),
+            vae.log_prob(x) - elbo(vae))
+
+    vae = world(t=1e-9, s=0.1)
+    reconstruction = vae.elbo(x)["reconstruction"].sum()
+    row("Ex. 1.5   −(d/2) log 2π − d log s, for s = 0.1 | reconstruction, t → 0",
+        -d / 2 * math.log(2 * math.pi) - d * math.log(0.1), reconstruction)
+    slopes = torch.autograd.grad(reconstruction, (vae.c, vae.v))
+    row("          0 | its slopes in c and v, at c = σ, v = μ: the larger", 0,
+        torch.stack(slopes).abs().max())
+    row("          −½ log 2π − log s, as printed, without d | reconstruction",
+        -0.5 * math.log(2 * math.pi) - math.log(0.1), reconstruction, differ=True)
+
+    row("Ex. 1.6   ½ (t²d − d + ‖(x−μ)/σ‖² − 2d log t), for t = 0.5 | kl", 0.5 * (
+        0.25 * d - d + ((x - mu) / sigma).square().sum() - 2 * d * math.log(0.5)),
+        world(0.5, 0.5).elbo(x)["kl"])
+    row("          −(d/2) log 2π − d log s − σ²d/2s², t = 1, s = σ | reconstruction",
+        -d / 2 * math.log(2 * math.pi) - d * math.log(sigma) - d / 2,
+        world(1, sigma).elbo(x.expand(50_000, -1, -1, -1))["reconstruction"])
+    for t in (1.0, 0.5, 0.1):
+        row(f"          −t²d/2 | ELBO − log p(x), for t = {t}, s = σt", -t**2 * d / 2,
+            elbo(world(t, t * sigma)) - true)
+    row("          −d/2, the best by the print | ELBO − log p(x), for t = 0.001", -d / 2,
+        elbo(world(1e-3, 1e-3 * sigma)) - true, differ=True)
+
+    mu, log_var = (torch.full((1_000_000, 1), value, requires_grad=True) for value in (0.7, -0.4))
+    vae.reparameterize(mu, log_var).square().sum().backward()
+    row("Ex. 1.7   2μ | slope of E z² in μ, through z = μ + σε", 1.4, mu.grad.flatten())
+    row("          σ² | slope in log σ²", math.exp(-0.4), log_var.grad.flatten())
+    log_var.grad = None
+    z = vae.reparameterize(mu, log_var)
+    Normal(mu, (0.5 * log_var).exp()).log_prob(z).sum().neg().backward()
+    row("Ex. 1.8   ½ | slope of E[−log q(z | x)] in log σ²", 0.5, log_var.grad.flatten())
+
+    m, S = torch.randn(2, 3).double(), torch.randn(2, 3, 3).double()
+    S = S @ S.mT + torch.eye(3)
+    difference, inverse = m[1] - m[0], S[1].inverse()
+    row("Thm 1.3   (1.25), d = 3, full covariances | KL by torch.distributions", 0.5 * (
+        (inverse @ S[0]).trace() - 3 + difference @ inverse @ difference
+        + (S[1].det() / S[0].det()).log()),
+        kl_divergence(MultivariateNormal(m[0], S[0]), MultivariateNormal(m[1], S[1])))
+    vae = LinearVAE(a=1.5, b=-0.2, t=0.7, c=0.6, v=0.1, s=0.8)
+    kl = kl_divergence(Normal(vae.encode(x)[0], 0.7), Normal(0.0, 1.0)).sum()
+    squares = vae.encode(x)[0].square().sum()
+    row("(1.26)    KL by torch.distributions | kl of VAE.elbo", kl, vae.elbo(x)["kl"])
+    row("          with 2 log σ_φ for 2d log σ_φ: one of (1.34), (1.35) | KL", 0.5 * (
+        0.49 * d - d + squares - 2 * math.log(0.7)), kl, differ=True)
+    exact = vae.log_prob(x_many) - vae.gap(x_many)
+    row("Thm 1.4   mean of log p(x) − KL(q ‖ p(z | x)) | −d · VAE.loss, 50,000 x", exact,
+        -d * vae.loss(x_many))
+    terms = vae.elbo(x_many)
+    row("          (1.35) as printed, with + before the KL | the same mean",
+        terms["reconstruction"] + terms["kl"], exact, differ=True)
     return rows
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(f"{'':60}{'paper says':>12}{'we compute':>12}{'within':>10}")
-    for claim, paper, ours, tolerance in examples():
-        print(f"{claim:60}{paper:12.5f}{ours:12.5f}{tolerance:10.0e}")
+    print(f"{'':76}{'formula':>12}{'computed':>12}{'within':>10}")
+    for what, formula, computed, tolerance in examples():
+        print(f"{what:76}{formula:12.5f}{computed:12.5f}"
+              + (f"{tolerance:10.0e}" if tolerance else f"{'differ':>10}"))
