@@ -97,10 +97,10 @@ def autocast(device: torch.device, precision: str = "auto") -> contextlib.Abstra
 # ------------------------------------------------------------------------------ files
 
 
-def write_file(path: Path, data: bytes):
+def write_file(path: Path | str, data: bytes):
     """All of it or nothing: a new file, complete on the disk, takes the old one's place. Whatever
     stops this, `path` is the old file or the new one. Raises OSError."""
-    new = path.with_name(f"{path.name}.tmp")
+    new = Path(f"{path}.tmp")
     try:
         with open(new, "wb") as file:
             file.write(data)
@@ -211,7 +211,7 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return F.pad(picture.reshape(C, rows * (H + 2), columns * (W + 2)), (1, 1, 1, 1))
 
 
-def write_png(path: Path, frames: list[Tensor], seconds: float = 0.06, last: float = 2.0):
+def write_png(path: Path | str, frames: list[Tensor], seconds: float = 0.06, last: float = 2.0):
     """Write uint8 frames (C, H, W), C = 1 or 3: one as a PNG, several as an animated PNG.
 
     PNG (ISO/IEC 15948) is a signature and chunks: IHDR, compressed IDAT, IEND. APNG adds acTL

@@ -934,20 +934,26 @@ class TestReadme(FileTest):
         self.blocks = re.findall(r"^```(\w*)\n(.*?)^```$", self.text, re.M | re.S)
 
     def resolve(self, name):
-        names = {**vars(section_1), **vars(section_2), **vars(network), **globals()}
+        names = {**vars(section_1), **vars(section_2), **vars(network), **globals(),
+                 "vae": section_1, "ddpm": section_2}
         return operator.attrgetter(name)(types.SimpleNamespace(**names))
 
     def test_every_name_is_one_and_every_link_leads_to_it(self):
         names = re.findall(r"`((?:VAE|DDPM|UNet|GaussianMixture|Test\w+)(?:\.\w+)*)`", self.text)
         self.assertGreater(len(names), 30)
         for name in names:
-            self.assertTrue(callable(self.resolve(name)), name)
+            self.resolve(name)
         links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", self.text)
         self.assertGreater(len(links), 30)
         for name, file, line in links:
-            source = inspect.unwrap(self.resolve(name))
+            source = inspect.unwrap(getattr(self.resolve(name), "fget", self.resolve(name)))
             self.assertEqual((Path(inspect.getsourcefile(source)).name,
                               inspect.getsourcelines(source)[1]), (file, int(line)), name)
+        rows = [what for file in (section_1, section_2) for what, *_ in file.examples()]
+        maps = re.findall(r"^\|(?:[^|\n]+\|){4} ([^|[\n]+) \|$", self.text, re.M)
+        self.assertGreater(len(maps), 40)
+        for name in set(maps) - {"row of the table"}:
+            self.assertTrue(any(what.startswith(f"{name} ") for what in rows), name)
         for path in re.findall(r"\]\(([\w/.]+)\)", self.text):
             self.assertTrue((HERE / path).exists(), path)
 
@@ -990,6 +996,11 @@ class TestReadme(FileTest):
             for block in blocks:
                 with self.subTest(block):
                     exec(block.replace("60_000", "1_000"), {})
+        for name in ("figure_2_7.png", "figure_2_10.png", "figure_2_11.png"):
+            (drawn,), (asset,) = (decode_png(path)[0] for path in (
+                self.folder / name, HERE / "assets" / name))
+            self.assertEqual(drawn.shape, asset.shape)
+            self.assertLess((drawn != asset).float().mean(), 0.05)  # other torch, other random x
         self.assertRegex(output.getvalue(), r"samples [\d.]+\ntraining images [\d.]+\n")
         for file, shape in (("photos.pt", (1, 3, 32, 32)), ("cifar10.pt", (5, 3, 32, 32))):
             self.assertEqual(sample.load(self.folder / file).shape, shape)

@@ -231,7 +231,7 @@ class LinearVAE(VAE):
         super().__init__((1, 8, 8), latent_dim=64, decoder_std=s)
         self.t, self.s = t, s
         self.a, self.b, self.c, self.v = (
-            nn.Parameter(torch.tensor(value).double()) for value in (a, b, c, v))
+            nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (a, b, c, v))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu = self.a * x.flatten(1) + self.b
