@@ -260,7 +260,8 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     rows = []
 
     def row(what: str, formula: float | Tensor, computed: Tensor, differ: bool = False):
-        formula, computed = (torch.as_tensor(x).detach().double() for x in (formula, computed))
+        formula, computed = (torch.as_tensor(side, dtype=torch.float64).detach()
+                             for side in (formula, computed))
         variance = sum(x.var() / x.numel() for x in (formula, computed) if x.numel() > 1)
         tolerance = max(5 * float(variance) ** 0.5, 1e-6)
         rows.append((what, formula.mean().item(), computed.mean().item(),
