@@ -10,8 +10,8 @@ white noise x_T, with q(x_t | x_{t−1}) to the right and p_θ(x_{t−1} | x_t) 
     x_0  ⇄  x_1  ⇄  …  ⇄  x_{t−1}  ⇄  x_t  ⇄  …  ⇄  x_T
 
     transition block   q is fixed and adds a little noise; p_θ is learned and removes it
-    initial block      x_0 is only ever reached from the right
-    final block        x_T is only ever reached from the left, and should be N(0, I)
+    initial block      x_0 has a neighbour on the right only
+    final block        x_T has a neighbour on the left only, and should be N(0, I)
 
 Time is 1-based as in the paper. Tables have T + 1 entries and are indexed by t itself, with
 alpha[0] = alpha_bar[0] = 1. The paper's α_t is 1 − β_t in "Denoising Diffusion Probabilistic
@@ -85,8 +85,8 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _like(x: Tensor, *coefficients: Tensor) -> Tensor:
-    """A formula's coefficients, float64 on the CPU, in x's precision and, where there is one for
-    each image, on x's device. (A single one stays: any device takes it as it takes a number.)"""
+    """A formula's coefficients, from float64 on the CPU to x's precision and x's device. Single
+    numbers stay on the CPU: they multiply a tensor on any device."""
     device = x.device if coefficients[0].ndim else "cpu"
     return torch.stack(coefficients).to(device, x.dtype, non_blocking=True)
 
@@ -167,6 +167,11 @@ class DDPM(nn.Module):
         t = self._check(t, *images)
         return self.alpha[t], self.alpha_bar[t], self.alpha_bar[t - 1]
 
+    def _roots(self, t: int | Tensor, *images: Tensor) -> Tensor:
+        """(√ᾱ_t, √(1 − ᾱ_t)), the coefficients of (2.11), ready for the images."""
+        _, alpha_bar, _ = self._scalars(t, *images)
+        return _like(images[0], alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
     # ------------------------------------------------------------- the forward direction: q
 
     def q_transition(self, x_prev: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -190,8 +195,7 @@ class DDPM(nn.Module):
 
     def q_sample(self, x_0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε with ε = noise ~ N(0, I) (§2.1, (2.11))."""
-        _, alpha_bar, _ = self._scalars(t, x_0, noise)
-        signal, std = _like(x_0, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        signal, std = self._roots(t, x_0, noise)
         return signal * x_0 + std * noise
 
     def q_posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -225,8 +229,7 @@ class DDPM(nn.Module):
         for x_0. With clip it is brought back into [-1, 1], where every x_0 is."""
         output = self._denoise(x_t, t)
         if self.predict == "noise":
-            _, alpha_bar, _ = self._scalars(t, x_t)
-            signal, std = _like(x_t, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+            signal, std = self._roots(t, x_t)
             output = (x_t - std * output) / signal
         return output.clamp(-1, 1) if clip else output
 
@@ -237,14 +240,12 @@ class DDPM(nn.Module):
 
     def noise_between(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), the noise that leads from x_0 to x_t ((2.11))."""
-        _, alpha_bar, _ = self._scalars(t, x_0, x_t)
-        signal, std = _like(x_t, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        signal, std = self._roots(t, x_t, x_0)
         return (x_t - signal * x_0) / std
 
     def score(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """∇ log p_t(x_t) ≈ −ε̂_θ(x_t) / √(1 − ᾱ_t), the s_θ of the paper's section 3."""
-        _, alpha_bar, _ = self._scalars(t, x_t)
-        std, = _like(x_t, (1 - alpha_bar).sqrt())
+        _, std = self._roots(t, x_t)
         return -self.predict_noise(x_t, t) / std
 
     # ------------------------------------------------------------- training
@@ -265,10 +266,11 @@ class DDPM(nn.Module):
     def loss(self, x_0: Tensor) -> Tensor:
         """‖ε̂_θ(x_t) − ε‖² (§2.5) or, with predict="image", ‖x̂_θ(x_t) − x_0‖² (§2.4).
 
-        The box "Training Algorithm for DDPM", up to its gradient step, for a batch of images: a
-        scalar, the mean over the images and their pixels. The box prints ᾱ_t x_0 where (2.11) has
-        √ᾱ_t x_0. In the ELBO each t has a factor of its own (see `elbo`); like the box this drops
-        it, which costs some likelihood and gives better pictures (arXiv 2006.11239, section 3.4).
+        The boxes "Training DDPM using ε̂_θ" and "Training Algorithm for DDPM", up to the gradient
+        step, for a batch of images: a scalar, the mean over the images and their pixels. (The
+        second box prints ᾱ_t x_0 where (2.11) has √ᾱ_t x_0.) In the ELBO each t has a factor of its
+        own (see `elbo`). The boxes drop it, which costs some likelihood and gives better pictures
+        (arXiv 2006.11239, section 3.4).
         """
         t = self.draw_t(len(x_0))
         noise = torch.randn_like(x_0)
@@ -297,9 +299,9 @@ class DDPM(nn.Module):
         KL that is printed, which draws x_t without regard to x_{t+1} (`python ddpm.py` has the
         numbers). Bayes' rule (2.20) turns the first arrow round: Thm 2.4 needs only one random x_t.
 
-        Each expectation is taken from one sample. The sum visits every t, in the memory of one
-        step; with k it is estimated, without bias, from k random t for each image. x̂_θ is clipped
-        unless clip=False, as in the chain whose likelihood this bounds.
+        Each expectation is taken from one sample. The sum is over every t, one after the other;
+        with k it is estimated, without bias, from k random t for each image. x̂_θ is clipped unless
+        clip=False, as in the chain whose likelihood this bounds.
         """
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -308,7 +310,7 @@ class DDPM(nn.Module):
             return self.q_sample(x_0, t, torch.randn(
                 x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device))
 
-        # The initial block. (2.44) makes it the sum's t = 1, which divides by σ_q²(1) = 0: any pixel
+        # The initial block. (2.44) makes it the sum's t = 1, which divides by σ_q²(1) = 0: a pixel
         # that x̂_θ does not hit exactly would be impossible. So here p_θ(x_0 | x_1) has the variance
         # σ_q²(2), and a pixel has the probability of its bin.
         mean, _ = self.p_transition(q_draw(1), 1, clip)
@@ -317,12 +319,13 @@ class DDPM(nn.Module):
 
         # The final block: KL(N(√ᾱ_T x_0, (1 − ᾱ_T) I) ‖ N(0, I)), a case of Thm 1.3.
         alpha_bar = self.alpha_bar[self.T]
-        scale, constant = _like(x_0, alpha_bar, alpha_bar + torch.log1p(-alpha_bar))
-        prior_matching = 0.5 * (scale * x_0.square() - constant).flatten(1).sum(1)
+        log_variance, alpha_bar = _like(x_0, torch.log1p(-alpha_bar), alpha_bar)
+        prior_matching = 0.5 * (alpha_bar * x_0.square() - alpha_bar
+                                - log_variance).flatten(1).sum(1)
 
-        # The transition blocks (Thm 2.6, (2.38)): two Gaussians with the same variance, so that
-        # KL = ‖μ_q − μ_θ‖² / 2σ_q²(t). The means differ in x_0 and x̂_θ only, which gives (2.43).
-        # Its weight is also ½ [snr(t − 1) − snr(t)].
+        # The transition blocks (Thm 2.6): two Gaussians with the same variance, so that
+        # KL = ‖μ_q − μ_θ‖² / 2σ_q²(t), (2.37). Their means differ in x_0 and x̂_θ only: (2.43). Its
+        # weight is also ½ [snr(t − 1) − snr(t)] with snr(t) = ᾱ_t / (1 − ᾱ_t).
         if k is None:
             times, rate = range(2, self.T + 1), 1
         else:
@@ -373,7 +376,7 @@ class DDPM(nn.Module):
     @torch.no_grad()
     def reverse_chain(self, n: int, clip: bool = True,
                       generator: Generator | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The box "Inference of DDPM", by x̂_θ (§2.4, (2.48)) or by ε̂_θ (§2.5, (2.52)).
+        """The boxes "Inference of DDPM" (§2.4, (2.48)) and "… using ε̂_θ" (§2.5, (2.52)).
 
             x_T ~ N(0, I);   x_{t−1} = μ_θ(x_t) + σ_q(t) z,   z ~ N(0, I),   t = T, …, 1
 
@@ -400,8 +403,8 @@ class DDPM(nn.Module):
 
         With the true x_0 and ε this draws from q(x_s | x_t, x_0) of (2.57). Given x_0 its variance
         is (1 − ᾱ_s − σ_t²) + σ_t²: thanks to the root every marginal q(x_s | x_0) stays what it was
-        (Thm 2.9), for any σ_t, so that one network serves all. The first try, (2.56), has
-        √(1 − ᾱ_s) there, which is σ_t² too much. The paper leaves σ_t open; as in arXiv 2010.02502
+        (Thm 2.9), for any σ_t, so that one network serves all. With √(1 − ᾱ_s), the paper's first
+        try, the variance is σ_t² too large. The paper leaves σ_t open; as in arXiv 2010.02502
 
             σ_t = η √[(1 − ᾱ_s) / (1 − ᾱ_t)] √[1 − ᾱ_t / ᾱ_s],      0 ≤ η ≤ 1
 
@@ -409,8 +412,8 @@ class DDPM(nn.Module):
         after x_T. 1 is the default here: the fresh noise of every step makes up for much of what a
         network trained for minutes gets wrong.
 
-        Yields (t, x_t) for `steps` values t from T to 1, evenly spaced, both ends included, and at
-        last for t = 0. Where x̂_θ is clipped, ε̂_θ is the noise between the clipped x̂_θ and x_t.
+        Yields (t, x_t) for `steps` values t, evenly spaced from T to 1 (only T for steps = 1), and
+        at last for t = 0. Where x̂_θ is clipped, ε̂_θ is the noise between the clipped x̂_θ and x_t.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be in 1..{self.T}, got {steps}")
@@ -499,7 +502,7 @@ def normal(moments: tuple[Tensor, Tensor]) -> Normal:
 
 
 def examples() -> list[tuple[str, float, float, float | None]]:
-    """Rows of ("formula | computed", formula, computed, tolerance).
+    """Rows of ("formula | computed", formula, computed, tolerance). ELBOs and KLs are in nats.
 
     Where a side is a mean of random draws the tolerance is 5 standard errors. A tolerance of None
     marks a formula that is printed in the paper and that the computation does not confirm.
@@ -527,20 +530,21 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         x_t = normal(ddpm.q_transition(x_t, t)).sample()
         if t in (20, 60):
             p_t, x = mixture.p(alpha_bar[t]), x_t.flatten()
+            parts = p_t.component_distribution
             for k in (0, 1):
                 row(f"Ex. 2.1   t = {t}, part {k + 1}: mean by (2.13) | by {t} steps of (2.2)",
-                    p_t.component_distribution.mean[k], mean[k].squeeze())
-                row("          variance", p_t.component_distribution.variance[k],
+                    parts.mean[k], mean[k].squeeze())
+                row("          variance by (2.13) | by (2.2)", parts.variance[k],
                     variance[k].squeeze())
             row(f"Ex. 2.2   t = {t}: mean of (2.13) | of 100,000 simulated pixels", p_t.mean, x)
-            row("          variance", p_t.variance, (x - p_t.mean)**2)
-            row("          share below 0", p_t.cdf(torch.zeros(2))[0], (x < 0))
+            row("          variance of (2.13) | of the pixels", p_t.variance, (x - p_t.mean)**2)
+            row("          share below 0 by (2.13) | of the pixels",
+                (mixture.pi * parts.cdf(torch.zeros(2))).sum(), x < 0)
 
     x = torch.zeros(100_000, dtype=torch.float64)
     for _ in range(60):
         x = 0.9 * x + 0.5 * torch.randn_like(x)
-    row("Thm 2.1   b²/(1 − a²), a = 0.9, b = 0.5 | simulated variance", 0.25 / 0.19,
-        x**2)
+    row("Thm 2.1   b²/(1 − a²), a = 0.9, b = 0.5 | simulated variance", 0.25 / 0.19, x**2)
 
     signal, noise = one, 0 * one
     for t in range(1, 101):
@@ -548,7 +552,7 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         signal, noise = scale * signal, scale**2 * noise + added
     mean, variance = ddpm.q_marginal(one, 100)
     row("Thm 2.2   t = 100: √ᾱ_t | product of 100 transitions", mean, signal.squeeze())
-    row("          1 − ᾱ_t", variance, noise.squeeze())
+    row("          1 − ᾱ_t | variance of 100 transitions", variance, noise.squeeze())
 
     # Bayes' rule on a grid of x_{t−1}: q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0).
     t, grid = 20, torch.linspace(-4, 4, 400_001, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -576,13 +580,15 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     bound = (initial + sum(p[t].log_prob(x[t - 1]) for t in p) + white.log_prob(x[-1])
              - sum(q[t].log_prob(x[t]) for t in q)).flatten()
     terms = ddpm.elbo(x_0, clip=False)
-    row("Thm 2.4   (2.17), simulated | (2.21), by DDPM.elbo", bound,
+    row("Thm 2.4   (2.17), simulated from x_0 = 0.35 | (2.21), by DDPM.elbo", bound,
         terms["reconstruction"] - terms["prior_matching"] - terms["consistency"])
-    row("Thm 2.3   (2.14) as printed, with a KL | (2.17)", (initial - kl_divergence(last, white) - sum(
-        kl_divergence(q[t], p[t + 1]) for t in transitions)).flatten(), bound, differ=True)
-    row("          (2.14) with the mean over x_t, too | (2.17)", (
-        initial - (last.log_prob(x[-1]) - white.log_prob(x[-1])) - sum(
-            q[t].log_prob(x[t]) - p[t + 1].log_prob(x[t]) for t in transitions)).flatten(), bound)
+    printed = initial - kl_divergence(last, white) - sum(
+        kl_divergence(q[t], p[t + 1]) for t in transitions)
+    row("Thm 2.3   (2.14) as printed, with KLs | (2.17)", printed.flatten(), bound, differ=True)
+    drawn = initial - (last.log_prob(x[-1]) - white.log_prob(x[-1])) - sum(
+        q[t].log_prob(x[t]) - p[t + 1].log_prob(x[t]) for t in transitions)
+    row("          0 | largest difference of log q/p in place of its KLs from (2.17)", 0,
+        (drawn.flatten() - bound).abs().max())
     x_t, t = x[50], 50
     posterior = normal(ddpm.q_posterior(x_t, x_0, t))
     row(f"Thm 2.6   t = {t}: ‖μ_q − μ_θ‖² / 2σ_q² | KL(q ‖ p_θ)",
@@ -590,7 +596,7 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         kl_divergence(posterior, p[t])[0])
     zero = DDPM(lambda x, t: torch.zeros_like(x), (1, 1, 1), 200, ddpm.alpha[1:], "image")
     snr = alpha_bar[[1, 200]] / (1 - alpha_bar[[1, 200]])
-    row("Thm 2.7   ½ ‖x_0‖² [snr(1) − snr(T)] | (2.44) from t = 2, if x̂_θ = 0",
+    row("Thm 2.7   ½ ‖x_0‖² [snr(1) − snr(T)], snr = ᾱ/(1−ᾱ) | (2.44), t ≥ 2, x̂_θ = 0",
         0.5 * 0.35**2 * (snr[0] - snr[1]), zero.elbo(x_0[:1])["consistency"][0])
     x_t = ddpm.q_sample(one.expand(100_000, 1, 1, 1), 20, torch.randn(100_000, 1, 1, 1).double())
     product = one.expand(100_000, 1, 1, 1)
@@ -611,7 +617,7 @@ def examples() -> list[tuple[str, float, float, float | None]]:
                                    (ddpm.ddim_chain, {"steps": 200, "eta": 1.0})))
         row(f"(2.52)    0 | largest difference from (2.48), clip = {clip}", 0,
             (by_noise - by_image).abs().max())
-        row("(2.60)    0 | largest difference of DDIM with η = 1, every t, from (2.52)", 0,
+        row(f"(2.60)    0 | of DDIM with η = 1, every t, from (2.52), clip = {clip}", 0,
             (ddim - by_noise).abs().max())
 
     A = torch.tensor([[1.0, 0.5], [-1.0, 2.0]], dtype=torch.float64)
@@ -625,26 +631,27 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     row("Thm 2.9   1 − ᾱ_20 | variance of x_20 by DDIM, η = ½, if x̂_θ = x_0",
         1 - alpha_bar[20], (x_20 - alpha_bar[20].sqrt() * 0.35).flatten()**2)
     sigma, (noise, z) = 0.1, torch.randn(2, 100_000).double()
-    for name, spread in (("first try, √(1 − ᾱ_s): 1 − ᾱ_s + σ_t²", 1 - alpha_bar[20]),
-                         ("with the root: 1 − ᾱ_s", 1 - alpha_bar[20] - sigma**2)):
-        row(f"          {name} | simulated variance", spread + sigma**2,
+    for name, spread in (("1 − ᾱ_20 + σ² | with √(1 − ᾱ_20), the first try", 1 - alpha_bar[20]),
+                         ("1 − ᾱ_20 | with √(1 − ᾱ_20 − σ²)", 1 - alpha_bar[20] - sigma**2)):
+        row(f"          {name}: variance, σ = 0.1", spread + sigma**2,
             (spread.sqrt() * noise + sigma * z)**2)
 
-    # InDI (§2.9 of the paper's first version): x_t = (1 − t) x_0 + t y, here with y ~ N(0, 1).
+    # Inversion by Direct Denoising (§2.9 of the paper's first version): x_t = (1 − t) x_0 + t y,
+    # here with y ~ N(0, 1), and averaged over all x_t between 0.9 and 1.1.
     t, tau = 0.6, 0.2
     x_0, y = mixture.p(one.squeeze()).sample((1_000_000,)), torch.randn(1_000_000).double()
     x_t, x_before = ((1 - s) * x_0 + s * y for s in (t, t - tau))
     near = (x_t - 1).abs() < 0.1
     scale = ((1 - t)**2 + t**2) ** 0.5  # x_t / scale is a state of §2's chain
     x0_hat = mixture.expected_x0(x_t[near] / scale, torch.tensor((1 - t)**2 / scale**2).double())
-    row("InDI      (1 − τ/t) x_t + (τ/t) E[x_0 | x_t] | mean of x_{t−τ}, x_t ≈ 1",
+    row("InDI      (1 − τ/t) x_t + (τ/t) E[x_0 | x_t] | mean of x_{t−τ}, t = 0.6, τ = 0.2",
         (1 - tau / t) * x_t[near] + tau / t * x0_hat, x_before[near])
     return rows
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(f"{'':76}{'formula':>12}{'computed':>12}{'within':>10}")
+    print(f"{'formula | what computes it':76}{'formula':>12}{'computed':>12}{'tolerance':>11}")
     for what, formula, computed, tolerance in examples():
         print(f"{what:76}{formula:12.5f}{computed:12.5f}"
-              + (f"{tolerance:10.0e}" if tolerance else f"{'differ':>10}"))
+              + (f"{tolerance:11.0e}" if tolerance else f"{'differ':>11}"))

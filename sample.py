@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """The argparse type of numbers from low to high: nan and inf are none."""
+    """The argparse type of numbers from low to high: nan and inf are refused."""
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
@@ -287,8 +287,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add = parser.add_argument
     add("--checkpoint", type=Path, help="default: the newest runs/*/checkpoint.pt")
     add("-n", type=number(int, 1, 10**7), default=64, help="how many images (default: 64)")
-    add("--steps", type=number(int, 1), help="ddpm: DDIM with so many steps (default: all T steps "
-        "of the reverse chain)")
+    add("--steps", type=number(int, 1), help="ddpm: DDIM with this many steps (default: all T "
+        "steps of the reverse chain)")
     add("--eta", type=number(float, 0, 1), help="ddpm, with --steps: DDIM's share of fresh noise, "
         "0 to 1 (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: 0)")

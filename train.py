@@ -342,7 +342,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
             stop.fill_(max(signals, default=0))
             if RANKS > 1:
                 distributed.all_reduce(losses[-1].div_(RANKS))
-                distributed.all_reduce(stop, distributed.ReduceOp.MAX)  # a signal for one is for all
+                distributed.all_reduce(stop, distributed.ReduceOp.MAX)  # one's signal is all's
             bar.update(batch_size)
 
             if step % ROW == 0 or step == total:
@@ -379,6 +379,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
                         f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}")
             print(f"stopped at step {step:,} of {total:,}; to go on: {launcher} train.py "
                   f"--model {config['model']} --out {shlex.quote(str(out))} --resume")
+        del network  # the exception keeps this frame, and with it the process group of the ranks
         sys.exit(128 + stop.item())
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)  # all is saved: nothing to stop for
@@ -431,6 +432,10 @@ def main(argv: list[str] | None = None):
         parser.error(str(error))
 
     if RANKS > 1:
+        # DistributedDataParallel imports this module, whose functions hold on to the process group
+        # that they find. Were there one by then, gloo's threads would outlive it, and one of them
+        # can abort the program at its very end.
+        import torch.distributed.nn
         distributed.init_process_group()  # nccl for CUDA tensors, gloo for the CPU's
     if RANK == 0:
         print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
@@ -444,7 +449,7 @@ def main(argv: list[str] | None = None):
     except torch.OutOfMemoryError:
         parser.error(f"{device} is out of memory: a smaller --batch-size takes less")
     except OSError as error:
-        parser.error(f"{error}; once that is mended, --resume goes on from the last checkpoint")
+        parser.error(f"{error}; once that is fixed, --resume goes on from the last checkpoint")
     finally:
         if board:
             board.close()

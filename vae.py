@@ -9,7 +9,7 @@ an image, and both are distributions:
 
     x ──> q_φ(z | x) ──> z ──> p_θ(x | z) ──> x̂            p(z) = N(0, I)
 
-`GaussianMixture` is Ex. 1.2, in which all of them are known exactly; `VAE` learns them from images.
+`GaussianMixture` is Ex. 1.2, where p(z | x) is known exactly; `VAE` learns both from images.
 `python vae.py` computes the section's examples and theorems, each beside its formula.
 """
 import math
@@ -88,7 +88,7 @@ class VAE(nn.Module):
         channels: width at half resolution; twice that at quarter resolution.
         decoder_std: σ_dec, on the scale of pixels in [-1, 1], either a number or "learned", which
             makes it one more parameter ((1.3) allows both). A small σ_dec gives sharp
-            reconstructions, but z that together do not fill N(0, I), so that samples look wrong.
+            reconstructions, but encoded z that are not distributed as N(0, I), and so bad samples.
             A large one gives blurred reconstructions and better samples.
 
     Images are float tensors (B, C, H, W) in [-1, 1]. Bad arguments raise ValueError.
@@ -206,7 +206,8 @@ class VAE(nn.Module):
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """x̂ = f_θ(z) with z ~ N(0, I): n new images (n, C, H, W) in [-1, 1].
 
-        §1.3, Fig. 1.7: the mean of p_θ(x | z), to which a draw of x would add white noise of σ_dec.
+        §1.3, Fig. 1.7: the mean of p_θ(x | z). A draw of x would add noise of standard deviation
+        σ_dec.
         generator: on the model's device.
         """
         like = next(self.parameters())
@@ -252,7 +253,7 @@ class LinearVAE(VAE):
 
 
 def examples() -> list[tuple[str, float, float, float | None]]:
-    """Rows of ("formula | computed", formula, computed, tolerance).
+    """Rows of ("formula | computed", formula, computed, tolerance). ELBOs and KLs are in nats.
 
     Where a side is a mean of random draws the tolerance is 5 standard errors. A tolerance of None
     marks a formula that is printed in the paper and that the computation does not confirm.
@@ -272,7 +273,7 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     mixture = GaussianMixture(pi, mu, sigma)
     x, mean = mixture.sample(1_000_000), pi @ mu
     row("Ex. 1.2   Σ π_k μ_k | mean of x ~ p(x | k), k ~ π", mean, x)
-    row("          Σ π_k (σ_k² + μ_k²) − mean² | variance", pi @ (sigma**2 + mu**2) - mean**2,
+    row("          Σ π_k (σ_k² + μ_k²) − mean² | variance of x", pi @ (sigma**2 + mu**2) - mean**2,
         (x - mean)**2)
     at = torch.tensor([-1.5], dtype=torch.float64)
     joint = pi * (-(at - mu)**2 / (2 * sigma**2)).exp() / sigma
@@ -288,16 +289,16 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     d, mu, sigma = 64, 0.3, 0.5
     x_many = mu + sigma * torch.randn(50_000, 1, 8, 8, dtype=torch.float64)
     x = x_many[:1]
-    true = Normal(mu, sigma).log_prob(x).sum()
+    log_p_x = Normal(mu, sigma).log_prob(x).sum()
 
-    def world(t: float, s: float) -> LinearVAE:
+    def matched(t: float, s: float) -> LinearVAE:
         return LinearVAE(a=1 / sigma, b=-mu / sigma, t=t, c=sigma, v=mu, s=s)
 
     def elbo(vae: LinearVAE, x: Tensor = x.expand(50_000, -1, -1, -1)) -> Tensor:
         terms = vae.elbo(x)
         return terms["reconstruction"] - terms["kl"]
 
-    vae = world(t=0.5, s=0.5)
+    vae = matched(t=0.5, s=0.5)
     row("Ex. 1.3   σ² | variance of x̂ = cz + v, z ~ N(0, I), where c = σ, v = μ", sigma**2,
         (vae.sample(50_000).flatten(1)[:, 0] - mu)**2)
     vae = LinearVAE(a=1.5, b=-0.2, t=0.7, c=0.6, v=0.1, s=0.8)
@@ -312,35 +313,37 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         vae.log_prob(x) - vae.gap(x), elbo(vae))
     for a in (1 / sigma, 0.8 / sigma):
         vae = LinearVAE(a=a, b=-mu / sigma, t=0.1, c=sigma, v=mu, s=0.1 * sigma)
-        row(f"Ex. 1.4   KL(q ‖ p(z | x)) | log p(x) − ELBO, t = 0.1, a = {a * sigma:.1f}/σ", vae.gap(x),
-            vae.log_prob(x) - elbo(vae))
+        row(f"Ex. 1.4   KL(q ‖ p(z | x)) | log p(x) − ELBO, t = 0.1, a = {a * sigma:.1f}/σ",
+            vae.gap(x), vae.log_prob(x) - elbo(vae))
 
-    vae = world(t=1e-9, s=0.1)
+    vae = matched(t=1e-9, s=0.1)
     reconstruction = vae.elbo(x)["reconstruction"].sum()
     row("Ex. 1.5   −(d/2) log 2π − d log s, for s = 0.1 | reconstruction, t → 0",
         -d / 2 * math.log(2 * math.pi) - d * math.log(0.1), reconstruction)
     slopes = torch.autograd.grad(reconstruction, (vae.c, vae.v))
-    row("          0 | its slopes in c and v, at c = σ, v = μ: the larger", 0,
+    row("          0 | its largest slope in c and v, at c = σ, v = μ", 0,
         torch.stack(slopes).abs().max())
     row("          −½ log 2π − log s, as printed, without d | reconstruction",
         -0.5 * math.log(2 * math.pi) - math.log(0.1), reconstruction, differ=True)
 
     row("Ex. 1.6   ½ (t²d − d + ‖(x−μ)/σ‖² − 2d log t), for t = 0.5 | kl", 0.5 * (
         0.25 * d - d + ((x - mu) / sigma).square().sum() - 2 * d * math.log(0.5)),
-        world(0.5, 0.5).elbo(x)["kl"])
+        matched(0.5, 0.5).elbo(x)["kl"])
     row("          −(d/2) log 2π − d log s − σ²d/2s², t = 1, s = σ | reconstruction",
         -d / 2 * math.log(2 * math.pi) - d * math.log(sigma) - d / 2,
-        world(1, sigma).elbo(x.expand(50_000, -1, -1, -1))["reconstruction"])
+        matched(1, sigma).elbo(x.expand(50_000, -1, -1, -1))["reconstruction"])
     for t in (1.0, 0.5, 0.1):
         row(f"          −t²d/2 | ELBO − log p(x), for t = {t}, s = σt", -t**2 * d / 2,
-            elbo(world(t, t * sigma)) - true)
+            elbo(matched(t, t * sigma)) - log_p_x)
     row("          −d/2, the best by the print | ELBO − log p(x), for t = 0.001", -d / 2,
-        elbo(world(1e-3, 1e-3 * sigma)) - true, differ=True)
+        elbo(matched(1e-3, 1e-3 * sigma)) - log_p_x, differ=True)
 
     mu, log_var = (torch.full((1_000_000, 1), value, requires_grad=True) for value in (0.7, -0.4))
     vae.reparameterize(mu, log_var).square().sum().backward()
-    row("Ex. 1.7   2μ | slope of E z² in μ, through z = μ + σε", 1.4, mu.grad.flatten())
-    row("          σ² | slope in log σ²", math.exp(-0.4), log_var.grad.flatten())
+    row("Ex. 1.7   2μ, for μ = 0.7 | slope of E z² in μ, through z = μ + σε", 1.4,
+        mu.grad.flatten())
+    row("          σ², for log σ² = −0.4 | slope of E z² in log σ²", math.exp(-0.4),
+        log_var.grad.flatten())
     log_var.grad = None
     z = vae.reparameterize(mu, log_var)
     Normal(mu, (0.5 * log_var).exp()).log_prob(z).sum().neg().backward()
@@ -370,7 +373,7 @@ def examples() -> list[tuple[str, float, float, float | None]]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(f"{'':76}{'formula':>12}{'computed':>12}{'within':>10}")
+    print(f"{'formula | what computes it':76}{'formula':>12}{'computed':>12}{'tolerance':>11}")
     for what, formula, computed, tolerance in examples():
         print(f"{what:76}{formula:12.5f}{computed:12.5f}"
-              + (f"{tolerance:10.0e}" if tolerance else f"{'differ':>10}"))
+              + (f"{tolerance:11.0e}" if tolerance else f"{'differ':>11}"))
