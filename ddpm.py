@@ -21,7 +21,7 @@ Models" (arXiv 2006.11239). Images are float tensors (B, C, H, W) in [-1, 1].
 """
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 if __name__ == "__main__":  # torch can do without NumPy, and so can this file
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -84,11 +84,12 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
 
 
-def _like(x: Tensor, *coefficients: Tensor) -> Tensor:
-    """A formula's coefficients, from float64 on the CPU to x's precision and x's device. Single
-    numbers stay on the CPU: they multiply a tensor on any device."""
-    device = x.device if coefficients[0].ndim else "cpu"
-    return torch.stack(coefficients).to(device, x.dtype, non_blocking=True)
+def _like(x: Tensor, *coefficients: Tensor) -> Sequence[Tensor]:
+    """A formula's coefficients, from float64 on the CPU to x's precision and x's device. A single
+    number is written there by a kernel: a copy could make the host wait for the device."""
+    if coefficients[0].ndim == 0:
+        return [x.new_full((), number.item()) for number in coefficients]
+    return torch.stack(coefficients).to(x.device, x.dtype, non_blocking=True)
 
 
 class DDPM(nn.Module):
@@ -119,11 +120,11 @@ class DDPM(nn.Module):
         if not isinstance(T, int) or T < 2:
             raise ValueError(f"T must be a whole number from 2, got {T}")
         if isinstance(schedule, Tensor):
-            alphas = schedule.to("cpu", torch.float64)
+            alphas = schedule.detach().to("cpu", torch.float64)
             if alphas.shape != (T,) or not ((alphas > 0) & (alphas < 1)).all():
                 raise ValueError(f"schedule must be T = {T} numbers α_t, each above 0 and below 1, "
                                  f"got {schedule}")
-        elif schedule not in SCHEDULES:
+        elif schedule not in list(SCHEDULES):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, or a tensor, "
                              f"got {schedule!r}")
         if predict not in ("noise", "image"):
@@ -149,7 +150,7 @@ class DDPM(nn.Module):
     def _check(self, t: int | Tensor, *images: Tensor) -> Tensor:
         """t as an index into the tables: () for an int, else (B, 1, 1, 1). ValueError unless all
         images are float (B, C, H, W) and every t is an integer in 1..T."""
-        batch, t = images[0].shape[:1], torch.as_tensor(t).cpu()
+        batch, t = images[0].shape[:1], torch.as_tensor(t, device="cpu")
         for x in images:
             if x.shape != batch + self.image_shape or not x.is_floating_point():
                 shape = ", ".join(map(str, self.image_shape))
@@ -167,7 +168,7 @@ class DDPM(nn.Module):
         t = self._check(t, *images)
         return self.alpha[t], self.alpha_bar[t], self.alpha_bar[t - 1]
 
-    def _roots(self, t: int | Tensor, *images: Tensor) -> Tensor:
+    def _roots(self, t: int | Tensor, *images: Tensor) -> Sequence[Tensor]:
         """(√ᾱ_t, √(1 − ᾱ_t)), the coefficients of (2.11), ready for the images."""
         _, alpha_bar, _ = self._scalars(t, *images)
         return _like(images[0], alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
@@ -419,7 +420,7 @@ class DDPM(nn.Module):
             raise ValueError(f"steps must be in 1..{self.T}, got {steps}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
-        times = torch.linspace(self.T, 1, steps).round().int().tolist() + [0]
+        times = torch.linspace(self.T, 1, steps, device="cpu").round().int().tolist() + [0]
         x_t = self._noise(n, generator)
         yield self.T, x_t
         for t, s in zip(times, times[1:]):
@@ -608,16 +609,20 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         product.flatten(), differ=True)
 
     # From the same noise: the chain by ε̂_θ, by x̂_θ, and DDIM's that skips nothing.
-    image = exact_ddpm(predict="image")
+    image, x_t, t = exact_ddpm(predict="image"), 3 * torch.randn(100, 1, 1, 1).double(), 50
+    noise_hat = ddpm.predict_noise(x_t, t)
+    row(f"(2.52)    0 | largest difference of its mean from that of (2.48), t = {t}", 0, (
+        (x_t - (1 - alpha[t]) / (1 - alpha_bar[t]).sqrt() * noise_hat) / alpha[t].sqrt()
+        - image.p_transition(x_t, t, clip=False)[0]).abs().max())
     for clip in (False, True):
         by_noise, by_image, ddim = (
             torch.stack([x_t for _, x_t in chain(100, clip=clip, **options,
                                                  generator=Generator().manual_seed(1))])
             for chain, options in ((ddpm.reverse_chain, {}), (image.reverse_chain, {}),
                                    (ddpm.ddim_chain, {"steps": 200, "eta": 1.0})))
-        row(f"(2.52)    0 | largest difference from (2.48), clip = {clip}", 0,
+        row(f"          0 | of a chain by ε̂_θ from one by x̂_θ, clip = {clip}", 0,
             (by_noise - by_image).abs().max())
-        row(f"(2.60)    0 | of DDIM with η = 1, every t, from (2.52), clip = {clip}", 0,
+        row(f"(2.60)    0 | of DDIM with η = 1, every t, from that chain, clip = {clip}", 0,
             (ddim - by_noise).abs().max())
 
     A = torch.tensor([[1.0, 0.5], [-1.0, 2.0]], dtype=torch.float64)
@@ -627,14 +632,17 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     row("Thm 2.8   L⁻¹ + A Λ⁻¹ Aᵀ | covariance of y_1 and y_2", covariance[0, 1],
         (y - 1).prod(1))
     knows = DDPM(lambda x, t: torch.full_like(x, 0.35), (1, 1, 1), 200, ddpm.alpha[1:], "image")
-    x_20, = (x for t, x in knows.ddim_chain(100_000, 200, eta=0.5) if t == 20)
-    row("Thm 2.9   1 − ᾱ_20 | variance of x_20 by DDIM, η = ½, if x̂_θ = x_0",
-        1 - alpha_bar[20], (x_20 - alpha_bar[20].sqrt() * 0.35).flatten()**2)
-    sigma, (noise, z) = 0.1, torch.randn(2, 100_000).double()
-    for name, spread in (("1 − ᾱ_20 + σ² | with √(1 − ᾱ_20), the first try", 1 - alpha_bar[20]),
-                         ("1 − ᾱ_20 | with √(1 − ᾱ_20 − σ²)", 1 - alpha_bar[20] - sigma**2)):
-        row(f"          {name}: variance, σ = 0.1", spread + sigma**2,
-            (spread.sqrt() * noise + sigma * z)**2)
+    x = dict(knows.ddim_chain(100_000, 200, eta=0.5))
+    row("Thm 2.9   1 − ᾱ_20 | variance of x_20 by DDIM, η = ½, if x̂_θ = x_0", 1 - alpha_bar[20],
+        (x[20] - alpha_bar[20].sqrt() * 0.35).flatten()**2)
+    noise = knows.predict_noise(x[21], 21)
+    sigma2 = 0.5**2 * posterior_variance(alpha[21], alpha_bar[21], alpha_bar[20])
+    row("          η² σ_q²(21) | variance of x_20 given x_21 and x_0, η = ½", sigma2, (
+        x[20] - alpha_bar[20].sqrt() * 0.35 - (1 - alpha_bar[20] - sigma2).sqrt() * noise
+    ).flatten()**2)
+    row("          1 − ᾱ_20 + σ_t², σ_t = ½ | variance by the first try, √(1 − ᾱ_20)",
+        1 - alpha_bar[20] + 0.25, ((1 - alpha_bar[20]).sqrt() * noise
+                                   + 0.5 * torch.randn_like(noise)).flatten()**2)
 
     # Inversion by Direct Denoising (§2.9 of the paper's first version): x_t = (1 − t) x_0 + t y,
     # here with y ~ N(0, 1), and averaged over all x_t between 0.9 and 1.1.

@@ -206,7 +206,8 @@ class TestVAE(Test):
         for arguments in (dict(image_shape=(1, 7, 28)), dict(image_shape=(28, 28)),
                           dict(image_shape=(0, 28, 28)), dict(image_shape=(1, 28.5, 28)),
                           dict(latent_dim=0), dict(latent_dim=2.5), dict(channels=0),
-                          dict(decoder_std=0), dict(decoder_std=math.nan)):
+                          dict(decoder_std=0), dict(decoder_std=math.nan),
+                          dict(decoder_std="taught")):
             value = next(iter(arguments.values()))
             with self.assertRaisesRegex(ValueError, re.escape(str(value))):
                 VAE(**arguments)
@@ -247,6 +248,8 @@ class TestSchedules(Test):
         ddpm = DDPM(None, (1, 1, 1), 3, alphas)
         self.assertSame(ddpm.alpha, torch.cat([torch.ones(1).double(), alphas]))
         self.assertClose(ddpm.alpha_bar, [1, 0.97, 0.485, 0.0485])
+        with self.assertRaisesRegex(ValueError, "or a tensor"):
+            DDPM(None, (1, 1, 1), 3, alphas.tolist())
         for wrong in ([0.5, 0.5], [0.5, 0.5, 1.0], [0.5, 0.0, 0.5], [0.5, math.nan, 0.5]):
             with self.assertRaisesRegex(ValueError, "schedule must be T = 3 numbers"):
                 DDPM(None, (1, 1, 1), 3, torch.tensor(wrong))
@@ -418,7 +421,7 @@ class TestElbo(Test):
             self.assertClose(far, log_mass, rtol=1e-3, atol=1e-3)
 
     def test_terms_against_torch_distributions(self):
-        ddpm = DDPM(lambda x, t: 0.3 * x + 0.1, (1, 4, 4), 20, "linear")
+        ddpm = DDPM(lambda x, t: 0.3 * x + 0.1, (1, 4, 4), 20, torch.full((20,), 0.9))
         x_0 = torch.rand(3, 1, 4, 4).double() * 2 - 1
         for clip in (True, False):
             terms = ddpm.elbo(x_0, clip=clip, generator=torch.Generator().manual_seed(1))
@@ -437,10 +440,20 @@ class TestElbo(Test):
             self.assertClose(terms["prior_matching"], prior)
 
     def test_estimate_from_k_times_is_unbiased(self):
-        ddpm = DDPM(lambda x, t: 0.3 * x, (1, 2, 2), 20, "linear")
-        x_0 = (torch.rand(1, 1, 2, 2).double() * 2 - 1).expand(20_000, -1, -1, -1)
-        exact = ddpm.elbo(x_0)["consistency"].mean().item()
-        self.assertMean(ddpm.elbo(x_0, k=3)["consistency"], exact)
+        # With x̂_θ = 0 the sum is ½ ‖x_0‖² [snr(1) − snr(T)], and here every t has an equal share:
+        # an estimate that draws t evenly from all of 2..T has no variance at all.
+        snr = torch.tensor([4.0, 3, 2, 1])
+        alphas = torch.cat([torch.ones(1), snr / (1 + snr)])
+        ddpm = DDPM(lambda x, t: 0 * x, (1, 2, 2), 4, alphas[1:] / alphas[:-1], "image")
+        x_0 = torch.rand(20_000, 1, 2, 2) * 2 - 1
+        exact = 0.5 * x_0.square().sum((1, 2, 3)) * (4 - 1)
+        self.assertClose(ddpm.elbo(x_0)["consistency"], exact, rtol=1e-5)
+        self.assertClose(ddpm.elbo(x_0, k=3)["consistency"], exact, rtol=1e-5)
+        seen = []  # and all of 2..T are drawn equally often
+        ddpm.denoiser = lambda x, t: seen.append(t) or 0 * x
+        ddpm.elbo(x_0, k=1)
+        counts = torch.bincount(seen[-1], minlength=5)[2:].double()
+        self.assertLess((counts - 20_000 / 3).abs().max().item(), 5 * (20_000 * 2 / 9) ** 0.5)
 
     def test_bits_per_dim(self):
         ddpm, x_0 = DDPM(lambda x, t: x, (1, 2, 2), 10), torch.zeros(2, 1, 2, 2).double()

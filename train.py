@@ -27,6 +27,9 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
 import torch
+# DistributedDataParallel would import this, too, but late: its functions keep the process group
+# that there is by then. gloo's threads would outlive it, and one can abort the program at its end.
+import torch.distributed.nn
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -140,6 +143,9 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
                 for model, value in defaults.items()) + ")"
         parser.add_argument(name, help=help, **kwargs)
 
+    def std(text: str) -> float | str:
+        return text if text == "learned" else number(float, 1e-6, 1e6)(text)
+
     count, width = number(int, 1, 10**9), number(int, 1, 10**5)
     add("--model", "what to train", choices=list(DEFAULTS), required=True)
     add("--data", "folder of IDX files, gzipped or not, or a .pt file of a uint8 tensor "
@@ -171,7 +177,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--dropout", "in the residual blocks", type=number(float, 0, 0.999))
     add("--latent-dim", "length of z", type=width)
     add("--decoder-std", "sigma of p(x|z), for pixels in [-1, 1], or the word learned",
-        type=lambda text: text if text == "learned" else number(float, 1e-6, 1e6)(text))
+        type=std)
     return parser, parser.parse_args(argv)
 
 
@@ -432,10 +438,6 @@ def main(argv: list[str] | None = None):
         parser.error(str(error))
 
     if RANKS > 1:
-        # DistributedDataParallel imports this module, whose functions hold on to the process group
-        # that they find. Were there one by then, gloo's threads would outlive it, and one of them
-        # can abort the program at its very end.
-        import torch.distributed.nn
         distributed.init_process_group()  # nccl for CUDA tensors, gloo for the CPU's
     if RANK == 0:
         print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "

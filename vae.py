@@ -104,13 +104,14 @@ class VAE(nn.Module):
         for name, value in (("latent_dim", latent_dim), ("channels", channels)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {value}")
-        if decoder_std != "learned" and not 0 < decoder_std < math.inf:
+        if decoder_std != "learned" and (isinstance(decoder_std, str)
+                                         or not 0 < decoder_std < math.inf):
             raise ValueError(f'decoder_std must be positive and finite, or "learned", '
                              f"got {decoder_std!r}")
         C, H, W = self.image_shape = tuple(image_shape)
-        self.latent_dim, self._decoder_std = latent_dim, decoder_std
-        if decoder_std == "learned":
-            self.log_decoder_std = nn.Parameter(torch.zeros(()))  # it begins at σ_dec = 1
+        self.latent_dim = latent_dim
+        self.log_decoder_std = (nn.Parameter(torch.zeros(())) if decoder_std == "learned"
+                                else math.log(decoder_std))
 
         # The paper leaves the networks open. Here they halve the image twice, and double it twice.
         # Without GroupNorm the first steps of training can end in q_φ(z | x) = p(z) and one average
@@ -135,7 +136,7 @@ class VAE(nn.Module):
     @property
     def decoder_std(self) -> float | Tensor:
         """σ_dec: the given number or, if learned, a tensor ()."""
-        return self.log_decoder_std.exp() if self._decoder_std == "learned" else self._decoder_std
+        return math.e ** self.log_decoder_std
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x)) (§1.1, (1.2)): (mu, log_var), (B, d) each."""
@@ -177,9 +178,8 @@ class VAE(nn.Module):
         """
         mu, log_var = self.encode(x)
         x_hat = self.decode(self.reparameterize(mu, log_var))
-        variance = torch.as_tensor(self.decoder_std**2, dtype=x.dtype)
-        reconstruction = (-(x - x_hat).square() / (2 * variance)
-                          - 0.5 * torch.log(2 * math.pi * variance)).flatten(1).sum(1)
+        reconstruction = (-(x - x_hat).square() / (2 * self.decoder_std**2) - self.log_decoder_std
+                          - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
         kl = 0.5 * (log_var.exp() - 1 + mu.square() - log_var).sum(1)
         return {"reconstruction": reconstruction, "kl": kl}
 
