@@ -218,8 +218,10 @@ class DDPM(nn.Module):
 
     def _denoise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The network's output, in x_t's precision even where autocast computed in another."""
-        t = self._check(t, x_t).flatten().expand(len(x_t))
-        output = self.denoiser(x_t, t.to(x_t.device, non_blocking=True))
+        t = self._check(t, x_t)
+        t = (t.flatten().to(x_t.device, non_blocking=True) if t.ndim else
+             x_t.new_full(x_t.shape[:1], t.item(), dtype=torch.long))
+        output = self.denoiser(x_t, t)
         if output.shape != x_t.shape:
             raise ValueError(f"the denoiser returned {tuple(output.shape)} for images of "
                              f"{tuple(x_t.shape)}")
@@ -320,9 +322,8 @@ class DDPM(nn.Module):
 
         # The final block: KL(N(√ᾱ_T x_0, (1 − ᾱ_T) I) ‖ N(0, I)), a case of Thm 1.3.
         alpha_bar = self.alpha_bar[self.T]
-        log_variance, alpha_bar = _like(x_0, torch.log1p(-alpha_bar), alpha_bar)
-        prior_matching = 0.5 * (alpha_bar * x_0.square() - alpha_bar
-                                - log_variance).flatten(1).sum(1)
+        alpha_bar, constant = _like(x_0, alpha_bar, alpha_bar + torch.log1p(-alpha_bar))
+        prior_matching = 0.5 * (alpha_bar * x_0.square() - constant).flatten(1).sum(1)
 
         # The transition blocks (Thm 2.6): two Gaussians with the same variance, so that
         # KL = ‖μ_q − μ_θ‖² / 2σ_q²(t), (2.37). Their means differ in x_0 and x̂_θ only: (2.43). Its

@@ -463,6 +463,36 @@ class TestElbo(Test):
         self.assertEqual(ddpm.bits_per_dim(x_0).shape, (2,))
 
 
+class TestMeta(Test):
+    """The meta device stands in for a GPU: there a tensor that stays behind on the CPU raises, and
+    so does any value that the host would have to wait for."""
+
+    def test_ddpm(self):
+        for predict in ("noise", "image"):
+            ddpm = DDPM(UNet(1, 8, (1, 2), attention=()), (1, 8, 8), 10, predict=predict).to("meta")
+            x = torch.zeros(3, 1, 8, 8, device="meta")
+            for t in (5, torch.tensor([1, 5, 10])):
+                for mean, variance in (ddpm.q_transition(x, t), ddpm.q_marginal(x, t),
+                                       ddpm.q_posterior(x, x, t), ddpm.p_transition(x, t)):
+                    Normal(mean, variance.sqrt(), validate_args=False).log_prob(x)
+                for y in (ddpm.q_sample(x, t, x), ddpm.predict_x0(x, t), ddpm.predict_noise(x, t),
+                          ddpm.noise_between(x, x, t), ddpm.score(x, t)):
+                    self.assertEqual((y.shape, y.device.type), (x.shape, "meta"))
+            ddpm.loss(x).backward()
+            for terms in (ddpm.elbo(x), ddpm.elbo(x, k=2)):
+                self.assertEqual(ddpm.bits_per_dim(x, terms).shape, (3,))
+            for steps in (None, 4):
+                self.assertEqual(ddpm.sample(3, steps).shape, x.shape)
+
+    def test_vae(self):
+        for decoder_std in (0.6, "learned"):
+            vae = VAE((1, 8, 8), decoder_std=decoder_std).to("meta")
+            x = torch.zeros(3, 1, 8, 8, device="meta")
+            vae.loss(x).backward()
+            self.assertEqual(vae.bits_per_dim(x).shape, (3,))
+            self.assertEqual(vae.sample(3).shape, x.shape)
+
+
 # ------------------------------------------------------------------------------ the network
 
 
