@@ -27,9 +27,6 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
 import torch
-# DistributedDataParallel would import this, too, but late: its functions keep the process group
-# that there is by then. gloo's threads would outlive it, and one can abort the program at its end.
-import torch.distributed.nn
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -348,7 +345,7 @@ def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Pat
             stop.fill_(max(signals, default=0))
             if RANKS > 1:
                 distributed.all_reduce(losses[-1].div_(RANKS))
-                distributed.all_reduce(stop, distributed.ReduceOp.MAX)  # one's signal is all's
+                distributed.all_reduce(stop, distributed.ReduceOp.MAX)  # one signal stops all
             bar.update(batch_size)
 
             if step % ROW == 0 or step == total:
@@ -438,6 +435,9 @@ def main(argv: list[str] | None = None):
         parser.error(str(error))
 
     if RANKS > 1:
+        # DistributedDataParallel would import this, too, but later, and its functions keep the
+        # process group that they find: gloo's threads would outlive it, and could abort the exit.
+        from torch.distributed.nn import functional  # noqa: F401
         distributed.init_process_group()  # nccl for CUDA tensors, gloo for the CPU's
     if RANK == 0:
         print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
