@@ -39,7 +39,7 @@ import sample
 import train
 import unet as network
 import vae as section_1
-from ddpm import DDPM, SCHEDULES, cosine_alphas, exact_ddpm, linear_alphas, log_pixel_mass
+from ddpm import DDPM, cosine_alphas, exact_ddpm, linear_alphas, log_pixel_mass
 from unet import UNet
 from vae import VAE, GaussianMixture
 
