@@ -67,6 +67,14 @@ def posterior_variance(alpha: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor)
     return (1 - alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
 
 
+def log_ndtr(x: Tensor) -> Tensor:
+    """log Φ(x), elementwise; on the CPU for a device that can't (Apple's mps)."""
+    try:
+        return torch.special.log_ndtr(x)
+    except NotImplementedError:
+        return torch.special.log_ndtr(x.cpu()).to(x.device)
+
+
 def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log ∫ N(y | mean, std²) dy over the bin of the 8-bit pixel x, elementwise, in nats.
 
@@ -80,7 +88,7 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     # small and log Φ keeps its digits, while right of the mean Φ rounds to 1.
     right = lower > 0
     lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
-    log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
+    log_lower, log_upper = log_ndtr(lower), log_ndtr(upper)
     return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
 
 
@@ -350,8 +358,9 @@ class DDPM(nn.Module):
 
         terms: what `elbo` gave for x_0; computed here, in full, where it is missing.
         """
-        reconstruction, *costs = (terms or self.elbo(x_0)).values()
-        return (sum(costs) - reconstruction) / (x_0[0].numel() * math.log(2))
+        terms = terms or self.elbo(x_0)
+        elbo = terms["reconstruction"] - terms["prior_matching"] - terms["consistency"]
+        return -elbo / (x_0[0].numel() * math.log(2))
 
     # ------------------------------------------------------------- inference: from x_T to x_0
 
@@ -371,9 +380,9 @@ class DDPM(nn.Module):
 
     def _noise(self, n: int, generator: Generator | None) -> Tensor:
         """n images of N(0, I), on the network's device and in its precision."""
-        like = next(self.parameters(), torch.empty(0))
-        return torch.randn(n, *self.image_shape, generator=generator, dtype=like.dtype,
-                           device=like.device)
+        weight = next(self.parameters(), torch.empty(0))
+        return torch.randn(n, *self.image_shape, generator=generator, dtype=weight.dtype,
+                           device=weight.device)
 
     @torch.no_grad()
     def reverse_chain(self, n: int, clip: bool = True,

@@ -199,8 +199,9 @@ class VAE(nn.Module):
         The ELBO bounds a density; over a pixel's bin, 2/255 wide, that is a probability of
         2/255 times as much. terms: what `elbo` gave for x; computed here where it is missing.
         """
-        reconstruction, *costs = (terms or self.elbo(x)).values()
-        return ((sum(costs) - reconstruction) / x[0].numel() - math.log(2 / 255)) / math.log(2)
+        terms = terms or self.elbo(x)
+        elbo = terms["reconstruction"] - terms["kl"]
+        return (-elbo / x[0].numel() - math.log(2 / 255)) / math.log(2)
 
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
@@ -210,9 +211,9 @@ class VAE(nn.Module):
         σ_dec.
         generator: on the model's device.
         """
-        like = next(self.parameters())
-        z = torch.randn(n, self.latent_dim, generator=generator, dtype=like.dtype,
-                        device=like.device)
+        weight = next(self.parameters())
+        z = torch.randn(n, self.latent_dim, generator=generator, dtype=weight.dtype,
+                        device=weight.device)
         return self.decode(z)
 
 
