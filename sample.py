@@ -4,20 +4,30 @@ Numbers are those of version 3, January 2025, of the tutorial (arXiv 2403.18103)
 Fig. 1.7): decode z ~ N(0, I). DDPM (§2.4, "Inference of DDPM"): run the reverse chain from
 x_T ~ N(0, I) to x_0, through all T steps or, with --steps, through a few of DDIM's (§2.6).
 
-Also here, because train.py needs them too: devices, files, checkpoints and PNG pictures.
+The second half is what train.py needs, too: checkpoints, files, devices, pictures, mistakes.
 """
 import argparse
 import contextlib
 import io
 import math
 import os
+import re
 import signal
 import struct
+import sys
+import tempfile
+import traceback
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without it
 
@@ -30,116 +40,155 @@ from ddpm import DDPM
 from unet import UNet
 from vae import VAE
 
-# Once glibc has seen a block of this size freed, it keeps what a layer frees for the next one.
-# Until then it hands it back to the kernel and takes it again, page by page: a fifth of the time.
-torch.empty(31 * 2**20, dtype=torch.uint8)
-
 BATCH = 256  # images drawn at a time, so that memory does not grow with -n
 CHAIN_FRAMES, STRIP_FRAMES, STRIP_IMAGES, LATENT_SIDE = 60, 11, 8, 20
 DDPM_ONLY, VAE_ONLY = ("steps", "eta", "chain", "strip", "compile"), ("latent-grid",)  # options
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake costs one line on stderr, and exit status 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+# ------------------------------------------------------------------------------ drawing
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """The argparse type of numbers from low to high: nan and inf are refused."""
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(
-                f"must be {low} or more" + (f" and at most {high}" if high < math.inf else "")
-                + f", got {text}")
-        return value
-    parse.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's own message
-    return parse
+def draw(model: nn.Module, n: int, steps: int | None, eta: float, generator: torch.Generator,
+         keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """n images as uint8 (n, C, H, W), under a progress bar, and of a DDPM's first batch also what
+    it was after i steps, for every i in keep."""
+    images, film = [], {}
+    batches = [min(BATCH, n - start) for start in range(0, n, BATCH)]
+    length = (steps or model.T) if isinstance(model, DDPM) else 1
+    with tqdm(total=length * len(batches), unit="step", desc="sampling") as bar:
+        for batch in batches:
+            if isinstance(model, DDPM):
+                for i, (_, x) in enumerate(model.chain(batch, steps, eta, generator)):
+                    bar.update(i > 0)  # the first is x_T itself
+                    if i in keep and not images:
+                        film[i] = to_uint8(x)
+            else:
+                x = model.sample(batch, generator)
+                bar.update()
+            images.append(to_uint8(x))
+    return torch.cat(images), film
 
 
-# ------------------------------------------------------------------------------ devices
+def evenly(last: int, count: int) -> list[int]:
+    """At most `count` whole numbers from 0 to `last`, both included."""
+    return sorted(set(torch.linspace(0, last, count).round().int().tolist()))
 
 
-def pick_device(name: str) -> torch.device:
-    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:N" or "mps".
-
-    Raises ValueError where this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, colon, index = name.partition(":")
-    have = {"cpu": 1, "cuda": torch.cuda.device_count(),
-            "mps": int(torch.backends.mps.is_available())}
-    if kind not in have or (colon and not (kind == "cuda" and index.isdecimal())):
-        raise ValueError(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
-    if int(index or 0) >= have[kind]:
-        raise ValueError(f"--device {name}: this machine has {have[kind]} such devices; "
-                         "--device auto takes what there is")
-    return torch.device(name)
+@torch.no_grad()
+def latent_grid(model: VAE, device: torch.device) -> Tensor:
+    """decode_θ(z) for a square of z = (z_1, z_2), z_1 growing to the right and z_2 upwards, whose
+    lines lie closer where N(0, I) is denser: equal steps of its distribution function."""
+    z = torch.special.ndtri((torch.arange(LATENT_SIDE) + 0.5) / LATENT_SIDE).to(device)
+    return model.decode(torch.cartesian_prod(-z, z).flip(1))
 
 
-def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager:
-    """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware multiplies
-    bfloat16 itself (CUDA since Ampere, CPUs with AMX or AVX-512 BF16). Never float16: its
-    largest number is 65504, and a loss that passes it is nan from there on."""
-    if precision == "auto" and device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif precision == "auto" and device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    else:
-        bf16 = precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+# ------------------------------------------------------------------------------ command line
 
 
-# ------------------------------------------------------------------------------ files
+def parse_args(argv: list[str] | None) -> tuple["Parser", argparse.Namespace]:
+    parser = Parser(prog="sample.py", description="Draw new images from a trained model.")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="default: the newest runs/*/checkpoint.pt")
+    add("-n", type=number(int, 1, 10**7), default=64, help="how many images (default: 64)")
+    add("--steps", type=number(int, 1), help="ddpm: DDIM with this many steps (default: all T "
+        "steps of the reverse chain)")
+    add("--eta", type=number(float, 0, 1), help="ddpm, with --steps: DDIM's share of fresh noise, "
+        "0 to 1 (default: 1)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: 0)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--compile", action="store_true", help="ddpm: torch.compile the network, with CUDA graphs, "
+        "in a minute or two: for many images on a GPU")
+    add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
+        "(default: samples.png beside the checkpoint)")
+    add("--chain", type=Path, metavar="FILE.png",
+        help="ddpm: also an animated PNG of the chain from x_T to x_0")
+    add("--strip", type=Path, metavar="FILE.png", help="ddpm: also the chain as a film strip")
+    add("--latent-grid", type=Path, metavar="FILE.png",
+        help="vae with --latent-dim 2: also what the decoder makes of every z of a grid")
+    return parser, parser.parse_args(argv)
 
 
-def write_file(path: Path | str, data: bytes):
-    """All of it or nothing: a new file, complete on the disk, takes the old one's place. Whatever
-    stops this, `path` is the old file or the new one. Raises OSError."""
-    new = Path(f"{path}.tmp")
+def check_output(option: str, path: Path):
+    """Raises ValueError where no file of this name can be written, or none should be."""
+    suffixes = (".png", ".pt") if option == "--out" else (".png",)
+    if path.suffix not in suffixes:
+        raise ValueError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+    if path.name == "checkpoint.pt":
+        raise ValueError(f"{option} {path}: that name is a checkpoint's")
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: a folder has that name")
     try:
-        with open(new, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror}") from error
 
 
-def save(path: Path, value):
-    """torch.save by way of `write_file`."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_file(path, buffer.getbuffer())
+def prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.device, dict[str, Path]]:
+    """The trained model, its device, and the files to write, by option. All that can be refused is
+    refused here, before anything is drawn: ValueError or OSError."""
+    args.checkpoint = args.checkpoint or newest_checkpoint()
+    args.out = args.out or args.checkpoint.with_name("samples.png")
+    files = {"--out": args.out, "--chain": args.chain, "--strip": args.strip,
+             "--latent-grid": args.latent_grid}
+    files = {option: path for option, path in files.items() if path}
+    for option, path in files.items():
+        check_output(option, path)
+    if len({path.resolve() for path in (args.checkpoint, *files.values())}) <= len(files):
+        raise ValueError(f"{', '.join(files)}: each needs a file of its own, other than "
+                         f"{args.checkpoint}")
+    if args.eta is not None and args.steps is None:
+        raise ValueError("--eta goes with --steps: the full reverse chain has no eta")
+    device = pick_device(args.device)
+    state = read_checkpoint(args.checkpoint)
+    model = build_model(state["config"])
+    model.load_state_dict(state["ema"])
+    foreign, kind = (VAE_ONLY, "vae") if isinstance(model, DDPM) else (DDPM_ONLY, "ddpm")
+    for option in foreign:
+        if getattr(args, option.replace("-", "_")):
+            raise ValueError(f"--{option} is for a {kind}, but {args.checkpoint} is a "
+                             f"{state['config']['model']}")
+    if args.steps and args.steps > model.T:
+        raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
+    if args.latent_grid and model.latent_dim != 2:
+        raise ValueError(f"--latent-grid: the z of {args.checkpoint} has {model.latent_dim} "
+                         "numbers; train with --latent-dim 2 for a grid of two")
+    return model.to(device).eval(), device, files
 
 
-def load(path: Path):
-    """What torch.save wrote to this file. OSError or ValueError for what can't be read.
+def main(argv: list[str] | None = None):
+    set_up_process()
+    parser, args = parse_args(argv)
+    memory = "a smaller -n takes less"
+    with one_line(parser, (ValueError, OSError), memory):
+        model, device, files = prepare(args)
+    eta = 1.0 if args.eta is None else args.eta
+    if args.compile:
+        model.denoiser.compile(mode="reduce-overhead")
+    length = args.steps or getattr(model, "T", None)
+    chain = evenly(length, CHAIN_FRAMES) if args.chain else []
+    strip = evenly(length, STRIP_FRAMES) if args.strip else []
+    generator = torch.Generator(device).manual_seed(args.seed)
+    with one_line(parser, (OSError,), memory):
+        with autocast(device):
+            images, film = draw(model, args.n, args.steps, eta, generator, chain + strip)
+        if args.out.suffix == ".pt":
+            save(args.out, images)
+        else:
+            write_png(args.out, [grid(images)])
+        if args.chain:
+            write_png(args.chain, [grid(film[i]) for i in chain])
+        if args.strip:
+            rows = torch.stack([film[i][:STRIP_IMAGES] for i in strip], dim=1)
+            write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
+        if args.latent_grid:
+            write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, device)))])
+    say(f"wrote {', '.join(map(str, files.values()))}")
 
-    weights_only: a file from elsewhere can't run code. torch.save writes a zip archive, of which
-    torch.load checks neither the checksums nor the sizes, and of a part that is marked as a folder
-    it takes what happens to be in memory.
-    """
-    with open(path, "rb") as file:
-        try:
-            archive = zipfile.ZipFile(file)
-            parts = archive.infolist()
-            if (sum(part.file_size for part in parts) > path.stat().st_size
-                    or any(part.external_attr for part in parts) or archive.testzip()):
-                raise zipfile.BadZipFile
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes make zipfile and torch raise almost anything
-            raise ValueError(f"{path}: not a file of torch.save, or a damaged one") from error
+
+# ================================================================== shared with train.py
 
 
-# ------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------ models and checkpoints
 
 
 def build_model(config: dict) -> nn.Module:
@@ -191,6 +240,106 @@ def newest_checkpoint() -> Path:
         raise ValueError("no runs/*/checkpoint.pt here: train first, with python train.py "
                          "--model ddpm, or name a file with --checkpoint")
     return paths[-1]
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def write_file(path: Path | str, data: bytes):
+    """All of it or nothing: a new file, complete on the disk, takes the old one's place. Whatever
+    stops this, `path` is the old file or the new one. Raises OSError."""
+    new = Path(f"{path}.{os.getpid()}.tmp")  # not another process's
+    try:
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def save(path: Path, value):
+    """torch.save by way of `write_file`."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load(path: Path):
+    """What torch.save wrote to this file. OSError or ValueError for what can't be read.
+
+    weights_only: a file from elsewhere can't run code. torch.save writes a zip archive, of which
+    torch.load checks neither the checksums nor the sizes, and of a part that is marked as a folder
+    it takes what happens to be in memory.
+    """
+    with open(path, "rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            parts = archive.infolist()
+            if (sum(part.file_size for part in parts) > path.stat().st_size
+                    or any(part.external_attr for part in parts) or archive.testzip()):
+                raise zipfile.BadZipFile
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes make zipfile and torch raise almost anything
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"{path}: not a file of torch.save, or a damaged one") from error
+
+
+def claim(path: Path) -> BinaryIO:
+    """Open a file to append to it, and lock it until this process ends, however it ends. Raises
+    OSError if it can't be opened, ValueError if another process has it."""
+    file = open(path, "ab+", buffering=0)
+    try:
+        if os.name == "nt":  # locks bytes, which nobody else may read then: one far behind the end
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"{path}: another process is writing to it") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+# ------------------------------------------------------------------------------ devices
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:N" or "mps".
+
+    Raises ValueError where this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, colon, index = name.partition(":")
+    have = {"cpu": 1, "cuda": torch.cuda.device_count(),
+            "mps": int(torch.backends.mps.is_available())}
+    if kind not in have or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
+    if int(index or 0) >= have[kind]:
+        raise ValueError(f"--device {name}: this machine has {have[kind]} such devices; "
+                         "--device auto takes what there is")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager:
+    """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware multiplies
+    bfloat16 itself (CUDA since Ampere, CPUs with AMX or AVX-512 BF16). Never float16: its
+    largest number is 65504, and a loss that passes it is nan from there on."""
+    if precision == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif precision == "auto" and device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.7
+        bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    else:
+        bf16 = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------ pictures
@@ -245,131 +394,72 @@ def write_png(path: Path | str, frames: list[Tensor], seconds: float = 0.06, las
     write_file(path, b"".join(parts))
 
 
-# ------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------ mistakes, the terminal
 
 
-def evenly(last: int, count: int) -> list[int]:
-    """At most `count` whole numbers from 0 to `last`, both included."""
-    return sorted(set(torch.linspace(0, last, count).round().int().tolist()))
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake costs one line on stderr, and exit status 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def draw(model: nn.Module, n: int, steps: int | None, eta: float, generator: torch.Generator,
-         keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """n images as uint8 (n, C, H, W), under a progress bar, and of a DDPM's first batch also what
-    it was after i steps, for every i in keep."""
-    images, film = [], {}
-    batches = [min(BATCH, n - start) for start in range(0, n, BATCH)]
-    length = (steps or model.T) if isinstance(model, DDPM) else 1
-    with tqdm(total=length * len(batches), unit="step", desc="sampling") as bar:
-        for batch in batches:
-            if isinstance(model, DDPM):
-                for i, (_, x) in enumerate(model.chain(batch, steps, eta, generator)):
-                    bar.update(i > 0)  # the first is x_T itself
-                    if i in keep and not images:
-                        film[i] = to_uint8(x)
-            else:
-                x = model.sample(batch, generator)
-                bar.update()
-            images.append(to_uint8(x))
-    return torch.cat(images), film
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """The argparse type of numbers from low to high: nan and inf are refused."""
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(
+                f"must be {low} or more" + (f" and at most {high}" if high < math.inf else "")
+                + f", got {text}")
+        return value
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's own message
+    return parse
 
 
-@torch.no_grad()
-def latent_grid(model: VAE, device: torch.device) -> Tensor:
-    """decode_θ(z) for a square of z = (z_1, z_2), z_1 growing to the right and z_2 upwards, whose
-    lines lie closer where N(0, I) is denser: equal steps of its distribution function."""
-    z = torch.special.ndtri((torch.arange(LATENT_SIDE, device=device) + 0.5) / LATENT_SIDE)
-    return model.decode(torch.cartesian_prod(-z, z).flip(1))
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own for it; the CPU and mps only say so."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError)
+        and bool(re.search("out of memory|not enough memory|can't allocate memory", str(error))))
 
 
-def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(prog="sample.py", description="Draw new images from a trained model.")
-    add = parser.add_argument
-    add("--checkpoint", type=Path, help="default: the newest runs/*/checkpoint.pt")
-    add("-n", type=number(int, 1, 10**7), default=64, help="how many images (default: 64)")
-    add("--steps", type=number(int, 1), help="ddpm: DDIM with this many steps (default: all T "
-        "steps of the reverse chain)")
-    add("--eta", type=number(float, 0, 1), help="ddpm, with --steps: DDIM's share of fresh noise, "
-        "0 to 1 (default: 1)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: 0)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--compile", action="store_true", help="ddpm: torch.compile the network, with CUDA graphs, "
-        "in a minute or two: for many images on a GPU")
-    add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
-        "(default: samples.png beside the checkpoint)")
-    add("--chain", type=Path, metavar="FILE.png",
-        help="ddpm: also an animated PNG of the chain from x_T to x_0")
-    add("--strip", type=Path, metavar="FILE.png", help="ddpm: also the chain as a film strip")
-    add("--latent-grid", type=Path, metavar="FILE.png",
-        help="vae with --latent-dim 2: also what the decoder makes of every z of a grid")
-    return parser, parser.parse_args(argv)
-
-
-def check_output(option: str, path: Path, suffixes: tuple[str, ...] = (".png",)):
-    if path.suffix not in suffixes:
-        raise ValueError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
-
-
-def main(argv: list[str] | None = None):
-    parser, args = parse_args(argv)
+@contextlib.contextmanager
+def one_line(parser: Parser, kinds: tuple[type, ...], memory: str, advice: str = "") -> Iterator:
+    """What a user can mend ends the program with one line and status 2: errors of these kinds, and
+    memory that ran out. Each has its advice."""
     try:
-        args.checkpoint = args.checkpoint or newest_checkpoint()
-        args.out = args.out or args.checkpoint.with_name("samples.png")
-        check_output("--out", args.out, (".png", ".pt"))
-        if args.out in (args.checkpoint, args.out.with_name("checkpoint.pt")):
-            raise ValueError(f"--out {args.out}: that name is a checkpoint's")
-        pictures = {"--chain": args.chain, "--strip": args.strip, "--latent-grid": args.latent_grid}
-        for option, path in pictures.items():
-            if path:
-                check_output(option, path)
-        if args.eta is not None and args.steps is None:
-            raise ValueError("--eta goes with --steps: the full reverse chain has no eta")
-        device = pick_device(args.device)
-        state = read_checkpoint(args.checkpoint)
-        model = build_model(state["config"])
-        model.load_state_dict(state["ema"])
-        foreign, kind = (VAE_ONLY, "vae") if isinstance(model, DDPM) else (DDPM_ONLY, "ddpm")
-        for option in foreign:
-            if getattr(args, option.replace("-", "_")):
-                raise ValueError(f"--{option} is for a {kind}, but {args.checkpoint} is a "
-                                 f"{state['config']['model']}")
-        if args.steps and args.steps > model.T:
-            raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
-        if args.latent_grid and model.latent_dim != 2:
-            raise ValueError(f"--latent-grid: the z of {args.checkpoint} has {model.latent_dim} "
-                             "numbers; train with --latent-dim 2 for a grid of two")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        yield
+    except Exception as error:
+        if not (isinstance(error, kinds) or is_out_of_memory(error)):
+            raise
+        traceback.clear_frames(error.__traceback__)  # lets go of what they hold: memory, ranks
+        parser.error(f"out of memory: {memory}" if is_out_of_memory(error) else
+                     f"{error}{advice}")
 
-    model.to(device).eval()
-    eta = 1.0 if args.eta is None else args.eta
-    if args.compile:
-        model.denoiser.compile(mode="reduce-overhead")
-    length = args.steps or getattr(model, "T", None)
-    chain = evenly(length, CHAIN_FRAMES) if args.chain else []
-    strip = evenly(length, STRIP_FRAMES) if args.strip else []
-    generator = torch.Generator(device).manual_seed(args.seed)
+
+def set_up_process():
+    """What a program needs of the process it runs in."""
+    # Once glibc has seen a block of this size freed, it keeps what a layer frees for the next one.
+    # Until then it hands it back to the kernel and takes it again, page by page: a fifth of the
+    # time.
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `2>&-`
+            setattr(sys, name, open(os.devnull, "w"))
+        if isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="replace")  # not every terminal has a ×
+
+
+def say(line: str):
+    """Print. Where nobody reads any more (`| head -1`, a closed terminal) this goes to stderr, from
+    now on, or nowhere: that is no reason to lose a run."""
     try:
-        with autocast(device):
-            images, film = draw(model, args.n, args.steps, eta, generator, chain + strip)
-        if args.out.suffix == ".pt":
-            save(args.out, images)
-        else:
-            write_png(args.out, [grid(images)])
-        if args.chain:
-            write_png(args.chain, [grid(film[i]) for i in chain])
-        if args.strip:
-            rows = torch.stack([film[i][:STRIP_IMAGES] for i in strip], dim=1)
-            write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
-        if args.latent_grid:
-            write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, device)))])
-    except torch.OutOfMemoryError:
-        parser.error(f"{device} is out of memory: try a smaller -n")
-    except OSError as error:
-        parser.error(str(error))
-    print("wrote", ", ".join(str(path) for path in (args.out, *pictures.values()) if path))
+        print(line, flush=True)
+    except OSError:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@
     python train.py --model ddpm      section 2
     torchrun --nproc_per_node=4 train.py --model ddpm      on four devices
 
-Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples after every epoch.
-One loop serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the
-loss (§1.3, Thm 1.4; §2.4 and §2.5, "Training Algorithm for DDPM", in version 3 of January 2025).
-The rest is what most code of the field does to train a network.
+Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on the way. One loop
+serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the loss
+(§1.3, Thm 1.4; §2.4 and §2.5, "Training Algorithm for DDPM", in version 3 of January 2025). The
+rest is what most code of the field does to train a network.
 """
 import argparse
+import contextlib
+import functools
 import gzip
 import math
 import os
@@ -20,7 +22,9 @@ import sys
 import time
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 # Two warnings of torch that mean nothing here: there is no NumPy, and strides may differ.
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -34,8 +38,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddpm import SCHEDULES
-from sample import (Parser, autocast, build_model, grid, load, number, pick_device, plan_model,
-                    read_checkpoint, save, to_uint8, write_file, write_png)
+from sample import (Parser, autocast, build_model, claim, grid, load, number, one_line,
+                    pick_device, plan_model, read_checkpoint, save, say, set_up_process, to_uint8,
+                    write_png)
 from vae import VAE
 
 # The options that --model brings with it, and their defaults.
@@ -46,16 +51,304 @@ DEFAULTS = {
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
                 channels=16),
 }
+# The options of both models that do not make a run what it is: --resume may change them.
+CHANGEABLE = dict(data="data/mnist", epochs=None, steps=None, device="auto", precision="auto",
+                  compile=False, tensorboard=False)
 # The test ELBO at the end: the number of images, and the options of the model's `elbo`.
 EVALUATION = {"ddpm": (256, {"k": 20}), "vae": (10_000, {})}
 COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "seconds")
 ROW = 10  # steps between two rows of metrics.csv
+PICTURES = 20  # times in a run that samples are drawn, at most
+UNSAVED = 300  # seconds of training that a crash may cost
 WARM_UP = 0.05  # of the run
 EMA_DECAY = 0.9999
 CLIP = 1.0  # norm of the gradient
+REMEDY = "a new run with a lower --lr, or --precision fp32, may help"
 # torchrun starts one process, a rank, for each device, and tells it this. The ranks share every
 # batch, only rank 0 writes, and DistributedDataParallel keeps their weights equal.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, test: Tensor,
+          device: torch.device, log: "Log") -> tuple[nn.Module, int]:
+    """Train the model as configured, from the start or from a checkpoint's state: returns its EMA,
+    and the number of the signal that stopped it, or 0.
+
+    Raises OSError if a file can't be written, and FloatingPointError before a row or a checkpoint
+    would hold a number that is none.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
+    ema = AveragedModel(model).eval()
+    step = 0
+    if state:
+        model.load_state_dict(state["model"])
+        ema.module.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        ema.n_averaged.fill_(step)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate(step, log.total), last_epoch=step - 1)
+    cast = autocast(device, config["precision"])
+    if config["compile"]:
+        compile_networks(model, next_batch(images, config, step, device), cast)
+    # Here the ranks wait for one another: none writes before all have checked their input.
+    network = DistributedDataParallel(model) if RANKS > 1 else model
+
+    stop = 0  # or the number of a signal
+    with log, caught_signals() as signals:
+        if not state:  # from here on there always is a checkpoint to go on from
+            log.checkpoint(step, config, model, ema, optimizer)
+        while step < log.total and not stop:
+            x = next_batch(images, config, step, device)
+            with cast:
+                loss = network(x)  # DDPM.loss or VAE.loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(step))
+            ema.update_parameters(model)
+
+            stop = signal_of_any_rank(signals)
+            log.add(loss.detach())
+            if step % ROW == 0 or step == log.total:
+                log.row(step, config["lr"] * learning_rate(step - 1, log.total))
+            milestone = step % log.milestone == 0 or step == log.total
+            if milestone or stop or log.seconds() - log.saved > UNSAVED:
+                log.checkpoint(step, config, model, ema, optimizer)
+            if milestone:
+                with cast:
+                    log.pictures(step, ema.module, to_float(test[:32], device), config["seed"])
+    return ema.module, stop or max(signals, default=0)  # one may have come with the last pictures
+
+
+# ------------------------------------------------------------------------------ for the loop
+
+
+def learning_rate(step: int, total: int) -> float:
+    """The share of --lr at this step: a linear warm-up, then half a cosine down to 0."""
+    return min(1, (step + 1) / (WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def ema_decay(step: int) -> float:
+    """Of the moving average of the weights, which jitter around it from step to step: samples are
+    drawn with it (as in arXiv 2006.11239). The decay is warmed up, so that the average spans the
+    last tenth of the run so far and soon forgets the random start."""
+    return min(EMA_DECAY, step / (step + 10))
+
+
+def next_batch(images: Tensor, config: dict, step: int, device: torch.device) -> Tensor:
+    """This rank's share of the step's batch, in [-1, 1], on the device. Also seeds the step.
+
+    Every random number is a function of the seed and of where in the run it is drawn: a resumed
+    run draws what the uninterrupted one would have drawn.
+    """
+    seed, batch_size = config["seed"], config["batch_size"]
+    epoch, i = divmod(step, len(images) // batch_size)
+    torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))
+    order = shuffled(len(images), hash((seed, epoch)), images.device)
+    share = order[i * batch_size:(i + 1) * batch_size].chunk(RANKS)[RANK]
+    return to_float(images[share], device)
+
+
+@functools.lru_cache(maxsize=1)  # one epoch's
+def shuffled(n: int, seed: int, device: torch.device) -> Tensor:
+    """0, …, n − 1 in a random order."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """0..255 to [-1, 1], on the device."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """A list that SIGINT, SIGTERM and SIGHUP (a closed terminal) are added to, unless they are
+    ignored anyway (nohup). The same signal once more stops at once."""
+    signals, before = [], {}
+
+    def on_signal(signum, frame):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:
+            before[signum] = signal.signal(signum, on_signal)
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def signal_of_any_rank(signals: list[int]) -> int:
+    """One signal stops all ranks, after the same step."""
+    number = torch.tensor(max(signals, default=0), device="cpu")
+    if RANKS > 1:
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
+    return number.item()
+
+
+def compile_networks(model: nn.Module, x: Tensor, cast: contextlib.AbstractContextManager):
+    """torch.compile them. It does so when they run for the first time: a step on x, for nothing."""
+    then = time.perf_counter()
+    for child in model.children():
+        child.compile()
+    with cast:
+        loss = model(x)
+    loss.backward()
+    model.zero_grad()
+    if RANK == 0:
+        say(f"compiled in {time.perf_counter() - then:.0f} s")
+
+
+@torch.no_grad()
+def draw_pictures(model: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
+    """By name: 64 samples, from the same noise every time, and for a VAE reconstructions beside
+    the originals x."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    if not isinstance(model, VAE):
+        return {"samples": model.sample(64, steps=min(50, model.T), generator=generator)}
+    mu, _ = model.encode(x)
+    pairs = torch.stack([x, model.decode(mu)], dim=1)
+    return {"samples": model.sample(64, generator), "reconstructions": pairs.flatten(0, 1)}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, batch_size: int, device: torch.device,
+             options: dict) -> tuple[float, float]:
+    """The ELBO in nats per image and in bits/dim: means over the images."""
+    elbo = bits = 0.0
+    for batch in images.split(batch_size):
+        x = to_float(batch, device)
+        terms = model.elbo(x, **options)
+        costs = sum(term for name, term in terms.items() if name != "reconstruction")
+        elbo += (terms["reconstruction"] - costs).sum().item() / len(images)
+        bits += model.bits_per_dim(x, terms).sum().item() / len(images)
+    return elbo, bits
+
+
+# ------------------------------------------------------------------------------ what a run leaves
+
+
+class Log:
+    """What a run leaves behind: the progress bar, checkpoints, rows of metrics.csv and, on request,
+    of TensorBoard, pictures. And its clock, which stands still while files are written.
+
+    metrics: metrics.csv, open and locked: two runs in one folder would mix their rows and replace
+    each other's checkpoints. Of several ranks only rank 0 has it, and writes.
+    """
+
+    def __init__(self, config: dict, state: dict | None, out: Path, metrics: BinaryIO | None,
+                 device: torch.device):
+        self.out, self.metrics, self.board = out, metrics, None
+        self.batch_size = config["batch_size"]
+        self.per_epoch = config["images"] // self.batch_size
+        self.total = config["steps"] or config["epochs"] * self.per_epoch
+        # Pictures are drawn every so many steps: after an epoch, or after several.
+        self.milestone = self.per_epoch * math.ceil(self.total / self.per_epoch / PICTURES)
+        state = state or {"step": 0, "seconds": 0.0, "losses": []}
+        self.row_step, self.row_seconds = state["step"], state["seconds"]  # of the last row
+        self.losses = list(torch.tensor(state["losses"], device=device))  # since the last row
+        self.mean = math.nan  # of the last row's
+        if metrics:
+            trim(metrics, state["step"])
+            if config["tensorboard"]:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(out, purge_step=state["step"] + 1)
+
+    def __enter__(self):
+        self.start, self.saved = time.perf_counter() - self.row_seconds, self.row_seconds
+        self.bar = tqdm(total=self.total * self.batch_size, initial=self.row_step * self.batch_size,
+                        unit=" images", unit_scale=True, disable=RANK > 0)
+
+    def __exit__(self, *exception):
+        self.bar.close()
+        for file in (self.metrics, self.board):
+            if file:
+                file.close()
+
+    def seconds(self) -> float:
+        """Of training, so far."""
+        return time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Stops the clock."""
+        then = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - then
+
+    def add(self, loss: Tensor):
+        """A step's loss, of which every rank has its own."""
+        if RANKS > 1:
+            distributed.all_reduce(loss.div_(RANKS))
+        self.losses.append(loss)
+        self.bar.update(self.batch_size)
+
+    def row(self, step: int, lr: float):
+        """The mean loss since the last row. Here the host waits for the device."""
+        mean, before = torch.stack(self.losses).mean().item(), self.mean
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"steps {self.row_step + 1:,} to {step:,}: the mean loss is "
+                                     f"{mean}, after {before:.4g}; {REMEDY}")
+        self.losses.clear()
+        seconds = self.seconds()
+        rate = (step - self.row_step) * self.batch_size / (seconds - self.row_seconds)
+        self.row_step, self.row_seconds, self.mean = step, seconds, mean
+        self.bar.set_postfix(loss=f"{mean:.4f}")
+        if self.metrics:  # row by row: it can be watched
+            self.metrics.write(f"{step},{step / self.per_epoch:.4f},{mean},{lr},{rate:.1f},"
+                               f"{seconds:.3f}\n".encode())
+        if self.board:
+            for name, value in (("loss", mean), ("lr", lr), ("images_per_second", rate)):
+                self.board.add_scalar(name, value, step)
+
+    def checkpoint(self, step: int, config: dict, model: nn.Module, ema: AveragedModel,
+                   optimizer: torch.optim.Optimizer):
+        """What --resume and sample.py need. The loss may still be finite where its gradient, and
+        with it the weights, no longer are: they must not replace good ones."""
+        finite = [x.isfinite().all() for x in (*model.parameters(), *self.losses)]
+        if not torch.stack(finite).all():  # waits for the device: the clock stops after the step
+            raise FloatingPointError(f"step {step:,}: weights that are no numbers; {REMEDY}")
+        self.step, self.saved = step, self.seconds()
+        if self.metrics:
+            with self.paused():
+                save(self.out / "checkpoint.pt", {
+                    "format": 2, "config": config, "step": step, "seconds": self.saved,
+                    "losses": [loss.item() for loss in self.losses], "model": model.state_dict(),
+                    "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()})
+
+    def pictures(self, step: int, model: nn.Module, x: Tensor, seed: int):
+        """One PNG for everything that `draw_pictures` draws."""
+        if self.metrics:
+            with self.paused():
+                for name, images in draw_pictures(model, x, seed).items():
+                    picture = grid(to_uint8(images))
+                    write_png(self.out / f"{name}_{step:06d}.png", [picture])
+                    if self.board:
+                        self.board.add_image(name, picture, step)
+
+
+def trim(file: BinaryIO, step: int):
+    """Leave metrics.csv with its head and the rows up to this step. Rows after the last checkpoint
+    are cut off: those steps will be taken again."""
+    size = 0
+    file.seek(0)
+    for row in file.read().splitlines(keepends=True) if step else []:
+        number = row.partition(b",")[0]
+        if not row.endswith(b"\n") or (number.isdigit() and int(number) > step):
+            break
+        size += len(row)
+    file.truncate(size)
+    if not size:
+        file.write((",".join(COLUMNS) + "\n").encode())
 
 
 # ------------------------------------------------------------------------------ data
@@ -119,26 +412,22 @@ def load_images(data: Path) -> tuple[Tensor, Tensor]:
     return images, test
 
 
-def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """0..255 to [-1, 1], on the device."""
-    return images.to(device).float() / 127.5 - 1
-
-
 # ------------------------------------------------------------------------------ options
 
 
-def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
-    """The parser, and the options by name: None for those of DEFAULTS that were not given."""
-    parser = Parser(prog="train.py", description="Train a model of the tutorial on images.")
+def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
+    """The parser, and the options that were given, by name."""
+    parser = Parser(prog="train.py", description="Train a model of the tutorial on images.",
+                    argument_default=argparse.SUPPRESS)
 
-    def add(name: str, help: str, **kwargs):
+    def add(name: str, help: str, group=parser, **kwargs):
         key = name[2:].replace("-", "_")
         defaults = {model: options[key] for model, options in DEFAULTS.items() if key in options}
         if defaults:
             help += " (default: " + ", ".join(
                 f"{' '.join(map(str, value)) if isinstance(value, list) else value} for {model}"
                 for model, value in defaults.items()) + ")"
-        parser.add_argument(name, help=help, **kwargs)
+        group.add_argument(name, help=help, **kwargs)
 
     def std(text: str) -> float | str:
         return text if text == "learned" else number(float, 1e-6, 1e6)(text)
@@ -148,8 +437,9 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--data", "folder of IDX files, gzipped or not, or a .pt file of a uint8 tensor "
         "(N, C, H, W) (default: data/mnist)")
     add("--out", "folder for the results (default: runs/<model>)", type=Path)
-    add("--epochs", "passes over the data", type=count)
-    add("--steps", "optimiser steps, instead of --epochs", type=count)
+    length = parser.add_mutually_exclusive_group()
+    add("--epochs", "passes over the data", length, type=count)
+    add("--steps", "optimiser steps, instead of --epochs", length, type=count)
     add("--batch-size", "images in a step, of all devices together", type=count)
     add("--lr", "peak learning rate", type=number(float, 1e-9, 1))
     add("--seed", "of every random number", type=number(int, 0, 2**63 - 1))
@@ -157,9 +447,9 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--precision", "auto is bf16 autocast on hardware that has bf16 (default: auto)",
         choices=["auto", "fp32", "bf16"])
     add("--compile", "torch.compile the networks, in a minute or two: for long runs on a GPU",
-        action="store_true", default=None)
+        action=argparse.BooleanOptionalAction)
     add("--tensorboard", "also write metrics and pictures for TensorBoard, where its package is "
-        "installed", action="store_true", default=None)
+        "installed", action=argparse.BooleanOptionalAction)
     add("--resume", "go on with the run in --out", action="store_true")
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
@@ -175,296 +465,124 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--latent-dim", "length of z", type=width)
     add("--decoder-std", "sigma of p(x|z), for pixels in [-1, 1], or the word learned",
         type=std)
-    return parser, parser.parse_args(argv)
+    return parser, vars(parser.parse_args(argv))
 
 
-def configure(args: argparse.Namespace, saved: dict | None) -> dict:
-    """What defines a run and is kept in its checkpoint: the options given over DEFAULTS, or over
-    those of the saved run, of which only some may change. Raises ValueError."""
-    free = {"epochs": None, "steps": None, "device": "auto", "precision": "auto",
-            "compile": False, "tensorboard": False}
-    known = {"model": args.model, "data": "data/mnist", **free, **DEFAULTS[args.model]}
-    every = known.keys() | set().union(*DEFAULTS.values())
-    given = {key: value for key, value in vars(args).items() if key in every and value is not None}
-    for key in given:
-        if key not in known:
-            raise ValueError(f"--{key.replace('_', '-')} is not an option of --model {args.model}")
-        if saved and key not in free and given[key] != saved[key]:
-            raise ValueError(f"--{key.replace('_', '-')} {given[key]}: this run began with "
-                             f"{saved[key]}, and only --{', --'.join(free)} may change")
-    if "epochs" in given and "steps" in given:
-        raise ValueError("--epochs and --steps: only one of them can say when to stop")
-    if "epochs" in given or "steps" in given:
-        given = {"epochs": None, "steps": None, **given}
-    return {**(saved or known), **given}
+def configure(options: dict, saved: dict | None) -> dict:
+    """What defines a run and is kept in its checkpoint: these options over the model's defaults, or
+    over those of the saved run, of which only some may change. Raises ValueError."""
+    defaults = {"model": options["model"], **CHANGEABLE, **DEFAULTS[options["model"]]}
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name not in defaults:
+            raise ValueError(f"{flag} is not an option of --model {options['model']}")
+        if saved and name not in CHANGEABLE and value != saved[name]:
+            raise ValueError(f"{flag} {value}: this run began with {saved[name]}, and only "
+                             f"--{', --'.join(CHANGEABLE)} may change")
+    if "epochs" in options or "steps" in options:  # one replaces the other
+        options = {"epochs": None, "steps": None, **options}
+    return {**(saved or defaults), **options}
 
 
-# ------------------------------------------------------------------------------ pictures, ELBO
+# ------------------------------------------------------------------------------ command line
 
 
-@torch.no_grad()
-def pictures(model: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
-    """By name: 64 samples, from the same noise every time, and for a VAE reconstructions beside
-    the originals x."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    if not isinstance(model, VAE):
-        return {"samples": model.sample(64, steps=min(50, model.T), generator=generator)}
-    mu, _ = model.encode(x)
-    pairs = torch.stack([x, model.decode(mu)], dim=1)
-    return {"samples": model.sample(64, generator), "reconstructions": pairs.flatten(0, 1)}
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, device: torch.device,
-             options: dict) -> tuple[float, float]:
-    """The ELBO in nats per image and in bits/dim: means over the images."""
-    elbo = bits = 0.0
-    for batch in images.split(256):
-        x = to_float(batch, device)
-        terms = model.elbo(x, **options)
-        reconstruction, *costs = terms.values()
-        elbo += (reconstruction - sum(costs)).sum().item() / len(images)
-        bits += model.bits_per_dim(x, terms).sum().item() / len(images)
-    return elbo, bits
-
-
-# ------------------------------------------------------------------------------ training
-
-
-def catch_signals() -> list[int]:
-    """A list that SIGINT and SIGTERM will be added to. The same signal once more stops at once."""
-    signals = []
-
-    def on_signal(signum, frame):
-        signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
-    return signals
-
-
-def learning_rate(step: int, total: int) -> float:
-    """The share of --lr at this step: a linear warm-up, then half a cosine down to 0."""
-    return min(1, (step + 1) / (WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
-
-
-def start_metrics(path: Path, step: int):
-    """Write metrics.csv with its head and, for a resumed run, its rows up to this step. Rows after
-    the last checkpoint are dropped: those steps will be taken again."""
-    rows = path.read_text().splitlines(keepends=True)[1:] if step and path.exists() else []
-    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-    write_file(path, "".join([",".join(COLUMNS) + "\n", *kept]).encode())
-
-
-def train(config: dict, model: nn.Module, images: Tensor, test: Tensor, out: Path,
-          device: torch.device, state: dict | None, board=None) -> tuple[nn.Module, float]:
-    """Train the model as configured, from the start or from a checkpoint's state: returns its EMA
-    and the images/s. A signal ends the program, with all saved. board: TensorBoard's writer, or
-    None.
-
-    Raises OSError if a file can't be written, and FloatingPointError if the loss or its gradient
-    is not a finite number.
-    """
-    batch_size, seed = config["batch_size"], config["seed"]
-    per_epoch = len(images) // batch_size
-    total = config["steps"] or config["epochs"] * per_epoch
+def prepare(options: dict) -> tuple:
+    """The arguments of `train`. All that can be refused is refused here, before anything is
+    written: ValueError or OSError."""
+    out, resume = options.pop("out", Path("runs", options["model"])), options.pop("resume", False)
+    checkpoint, metrics, state = out / "checkpoint.pt", None, None
+    if checkpoint.exists() and not resume:
+        raise ValueError(f"{checkpoint} exists: --resume goes on with that run, and --out with "
+                         "another folder starts a new one")
+    if resume:
+        if not checkpoint.exists():
+            raise ValueError(f"{checkpoint}: no such file to --resume from")
+        if RANK == 0:  # locked before it is read: so it stays the newest checkpoint
+            metrics = claim(out / "metrics.csv")
+        state = read_checkpoint(checkpoint)
+        if missing := {"step", "seconds", "losses", "optimizer"} - state.keys():
+            raise ValueError(f"{checkpoint}: enough to sample from, but --resume needs "
+                             f"{', '.join(sorted(missing))}, too")
+    config = configure(options, state and state["config"])
+    device = pick_device(config["device"])
+    if RANKS > 1 and device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(device)
+    images, test = load_images(Path(config["data"]))
+    if config["batch_size"] > len(images):
+        raise ValueError(f"--batch-size {config['batch_size']}: {config['data']} has only "
+                         f"{len(images)} images")
+    if config["batch_size"] % RANKS:
+        raise ValueError(f"--batch-size {config['batch_size']}: not divisible among {RANKS} "
+                         "processes")
+    shape = {"images": len(images), "image_shape": list(images.shape[1:])}
+    if state and not shape.items() <= config.items():
+        raise ValueError(f"--data {config['data']}: {len(images)} images {images.shape[1:]}, but "
+                         f"this run began with {config['images']} of {config['image_shape']}")
+    config.update(shape)
+    size = sum(parameter.numel() for parameter in plan_model(config).parameters())
+    torch.manual_seed(config["seed"])
+    try:
+        torch.empty(5 * size, device=device)  # weights, gradient, Adam's two moments, EMA
+        model = build_model(config).to(device)
+    except RuntimeError:
+        raise ValueError(f"{size:,} parameters do not fit into {device}'s memory") from None
     if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)  # a batch then never crosses the bus
-
-    model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
-    ema = AveragedModel(model)
-    step, seconds, losses = 0, 0.0, []  # seconds of training; losses since the last row
-    if state:
-        model.load_state_dict(state["model"])
-        ema.module.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-        losses = list(torch.tensor(state["losses"], device=device))
-        ema.n_averaged.fill_(step)
-    schedule = LambdaLR(optimizer, lambda step: learning_rate(step, total), last_epoch=step - 1)
-    ema.eval()
-    cast = autocast(device, config["precision"])
-    if config["compile"]:
-        then = time.perf_counter()
-        for child in model.children():
-            child.compile()
-        with cast:  # torch compiles when the network runs for the first time
-            loss = model(to_float(images[:batch_size // RANKS], device))
-        loss.backward()
-        optimizer.zero_grad()
-        if RANK == 0:
-            print(f"compiled in {time.perf_counter() - then:.0f} s")
-    # Here the ranks wait for one another: none writes before all have checked their input.
-    network = DistributedDataParallel(model) if RANKS > 1 else model
-
-    def checkpoint():
-        if RANK == 0:
-            save(out / "checkpoint.pt", {
-                "format": 2, "config": config, "step": step, "seconds": seconds,
-                "losses": [loss.item() for loss in losses], "model": model.state_dict(),
-                "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()})
-
-    signals = catch_signals()
-    if not state:
-        checkpoint()  # from here on there always is a checkpoint to go on from
-    if RANK == 0:
-        start_metrics(out / "metrics.csv", step)
-    order, clock = None, (step, time.perf_counter())
-    mean, stop = math.nan, torch.tensor(0)  # of the last row's losses; the signal to stop for
-    with tqdm(total=total * batch_size, initial=step * batch_size, unit=" images",
-              unit_scale=True, disable=RANK > 0) as bar:
-        while step < total and not stop:
-            epoch, i = divmod(step, per_epoch)
-            # Every random number is a function of the seed and of where in the run it is drawn: a
-            # resumed run draws what the uninterrupted one would have drawn.
-            if order is None or i == 0:
-                shuffle = torch.Generator().manual_seed(hash((seed, epoch)))
-                order = torch.randperm(len(images), generator=shuffle).to(images.device)
-            torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))
-            share = order[i * batch_size:(i + 1) * batch_size].chunk(RANKS)[RANK]
-            with cast:
-                loss = network(to_float(images[share], device))
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            if not (loss + norm).isfinite():  # the weights are still good
-                raise FloatingPointError(f"step {step + 1:,}: the loss is {loss:.4g}, its gradient "
-                                         f"{norm:.4g}; the last loss was {[mean, *losses][-1]:.4g}")
-            lr, = schedule.get_last_lr()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            step += 1
-            # Samples are drawn with a moving average of the weights, which jitter around it from
-            # step to step (arXiv 2006.11239 does the same). Its decay is warmed up, so that it
-            # spans the last tenth of the run so far and soon forgets the random start.
-            ema.multi_avg_fn = get_ema_multi_avg_fn(min(EMA_DECAY, step / (step + 10)))
-            ema.update_parameters(model)
-            losses.append(loss.detach())
-            stop.fill_(max(signals, default=0))
-            if RANKS > 1:
-                distributed.all_reduce(losses[-1].div_(RANKS))
-                distributed.all_reduce(stop, distributed.ReduceOp.MAX)  # one signal stops all
-            bar.update(batch_size)
-
-            if step % ROW == 0 or step == total:
-                mean = torch.stack(losses).mean().item()
-                losses.clear()
-                (since, then), clock = clock, (step, time.perf_counter())
-                seconds += clock[1] - then
-                rate = (step - since) * batch_size / (clock[1] - then)
-                bar.set_postfix(loss=f"{mean:.4f}")
-                if RANK == 0:
-                    with open(out / "metrics.csv", "a") as file:  # row by row: it can be watched
-                        print(step, f"{step / per_epoch:.4f}", mean, lr, f"{rate:.1f}",
-                              f"{seconds:.3f}", sep=",", file=file)
-                if board:
-                    for name, value in (("loss", mean), ("lr", lr), ("images_per_second", rate)):
-                        board.add_scalar(name, value, step)
-            if step % per_epoch == 0 or step == total:
-                checkpoint()
-                if RANK == 0:
-                    with cast:
-                        drawn = pictures(ema.module, to_float(test[:32], device), seed)
-                    for name, x in drawn.items():
-                        picture = grid(to_uint8(x))
-                        write_png(out / f"{name}_{step:06d}.png", [picture])
-                        if board:
-                            board.add_image(name, picture, step)
-                clock = (step, time.perf_counter())
-
-    if step < total:
-        seconds += time.perf_counter() - clock[1]
-        checkpoint()
-        if RANK == 0:
-            launcher = ("python" if RANKS == 1 else
-                        f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}")
-            print(f"stopped at step {step:,} of {total:,}; to go on: {launcher} train.py "
-                  f"--model {config['model']} --out {shlex.quote(str(out))} --resume")
-        del network  # the exception keeps this frame, and with it the process group of the ranks
-        sys.exit(128 + stop.item())
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_DFL)  # all is saved: nothing to stop for
-    return ema.module, step * batch_size / seconds
-
-
-def main(argv: list[str] | None = None):
-    parser, args = parse_args(argv)
-    out = args.out or Path("runs") / args.model
-    checkpoint, board = out / "checkpoint.pt", None
-    try:
-        if checkpoint.exists() and not args.resume:
-            raise ValueError(f"{checkpoint} exists: --resume goes on with that run, and --out with "
-                             "another folder starts a new one")
-        if args.resume and not checkpoint.exists():
-            raise ValueError(f"{checkpoint}: no such file to --resume from")
-        state = read_checkpoint(checkpoint) if args.resume else None
-        config = configure(args, state and state["config"])
-        device = pick_device(config["device"])
-        if RANKS > 1 and device.type == "cuda":
-            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        images, test = load_images(Path(config["data"]))
-        if config["batch_size"] > len(images):
-            raise ValueError(f"--batch-size {config['batch_size']}: {config['data']} has only "
-                             f"{len(images)} images")
-        if config["batch_size"] % RANKS:
-            raise ValueError(f"--batch-size {config['batch_size']}: not divisible among {RANKS} "
-                             "processes")
-        shape = {"images": len(images), "image_shape": list(images.shape[1:])}
-        if state and not shape.items() <= config.items():
-            raise ValueError(f"{config['data']}: not the images that this run began with")
-        config.update(shape)
-        size = sum(parameter.numel() for parameter in plan_model(config).parameters())
+    if config["tensorboard"]:
         try:
-            torch.empty(5 * size, device=device)  # weights, gradient, Adam's two moments, EMA
-        except RuntimeError:
-            raise ValueError(f"{size:,} parameters do not fit into {device}'s memory") from None
-        torch.manual_seed(config["seed"])
-        model = build_model(config)
-        if config["tensorboard"]:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard: pip install tensorboard first") from None
-        out.mkdir(parents=True, exist_ok=True)
-        if config["tensorboard"] and RANK == 0:
-            board = SummaryWriter(out, purge_step=state["step"] + 1 if state else None)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+        except ImportError:
+            raise ValueError("--tensorboard: pip install tensorboard first; --no-tensorboard does "
+                             "without") from None
     if RANKS > 1:
         # DistributedDataParallel would import this, too, but later, and its functions keep the
         # process group that they find: gloo's threads would outlive it, and could abort the exit.
         from torch.distributed.nn import functional  # noqa: F401
         distributed.init_process_group()  # nccl for CUDA tensors, gloo for the CPU's
     if RANK == 0:
-        print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
-              f"{'×'.join(map(str, config['image_shape']))}, on {device}"
-              + (f" and {RANKS - 1} more" if RANKS > 1 else ""))
+        out.mkdir(parents=True, exist_ok=True)
+        metrics = metrics or claim(out / "metrics.csv")
+        say(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
+            f"{'×'.join(map(str, config['image_shape']))}, on {device}"
+            + (f" and {RANKS - 1} more" if RANKS > 1 else ""))
+    log = Log(config, state, out, metrics, device)
+    if RANK == 0 and state and state["step"] >= log.total:
+        say(f"already at step {state['step']:,} of {log.total:,}: nothing left to train")
+    return config, state, model, images, test, device, log
+
+
+def main(argv: list[str] | None = None):
+    set_up_process()
+    parser, options = parse_args(argv)
+    memory = "a smaller --batch-size takes less"
+    with one_line(parser, (ValueError, OSError), memory):
+        config, state, model, images, test, device, log = prepare(options)
     try:
-        ema, rate = train(config, model, images, test, out, device, state, board)
-    except FloatingPointError as error:
-        parser.error(f"{error}: start again with a lower --lr, or go on from the last checkpoint "
-                     f"with --resume --precision fp32")
-    except torch.OutOfMemoryError:
-        parser.error(f"{device} is out of memory: a smaller --batch-size takes less")
-    except OSError as error:
-        parser.error(f"{error}; once that is fixed, --resume goes on from the last checkpoint")
+        with one_line(parser, (FloatingPointError, OSError), memory,
+                      "; --resume goes on from the last checkpoint"):
+            ema, stop = train(config, state, model, images, test, device, log)
+            if RANK == 0 and not stop:
+                n, elbo_options = EVALUATION[config["model"]]
+                torch.manual_seed(config["seed"])
+                elbo, bits = evaluate(ema, test[:n], config["batch_size"] // RANKS, device,
+                                      elbo_options)
     finally:
-        if board:
-            board.close()
         if RANKS > 1:
             distributed.destroy_process_group()
-    if RANK:
-        return
-    n, options = EVALUATION[config["model"]]
-    torch.manual_seed(config["seed"])
-    elbo, bits = evaluate(ema, test[:n], device, options)
-    print(f"test ELBO {elbo:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
-          + "".join(f", {key} = {value}" for key, value in options.items())
-          + f"); {rate:.0f} images/s; to sample: python sample.py --checkpoint {checkpoint}")
+    if RANK == 0 and stop:
+        launcher = ("python" if RANKS == 1 else
+                    f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', RANKS)}")
+        say(f"stopped at step {log.step:,} of {log.total:,}; to go on: {launcher} train.py "
+            f"--model {config['model']} --out {shlex.quote(str(log.out))} --resume")
+    elif RANK == 0:
+        say(f"test ELBO {elbo:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
+            + "".join(f", {name} = {value}" for name, value in elbo_options.items())
+            + f"); {log.row_step * log.batch_size / log.row_seconds:.0f} images/s; to sample: "
+            f"python sample.py --checkpoint {shlex.quote(str(log.out / 'checkpoint.pt'))}")
+    if stop:
+        sys.exit(128 + stop)
 
 
 if __name__ == "__main__":
