@@ -15,7 +15,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shlex
 import signal
 import struct
@@ -26,9 +25,15 @@ import time
 import tracemalloc
 import types
 import unittest
+import warnings
 import zlib
 from pathlib import Path
 from unittest import mock
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import torch
 from torch import nn
@@ -420,6 +425,21 @@ class TestElbo(Test):
             self.assertTrue(far.isfinite().all())
             self.assertClose(far, log_mass, rtol=1e-3, atol=1e-3)
 
+    def test_a_device_without_log_ndtr(self):
+        # Apple's mps has no kernel for it.
+        ddpm, x_0 = DDPM(lambda x, t: x, (1, 2, 2), 10), torch.zeros(2, 1, 2, 2)
+        expected = ddpm.elbo(x_0, generator=torch.Generator().manual_seed(1))
+        log_ndtr, calls = torch.special.log_ndtr, []
+
+        def every_other_call(x):
+            calls.append(x)
+            if len(calls) % 2:
+                raise NotImplementedError
+            return log_ndtr(x)
+
+        with mock.patch.object(torch.special, "log_ndtr", every_other_call):
+            self.assertSame(ddpm.elbo(x_0, generator=torch.Generator().manual_seed(1)), expected)
+
     def test_terms_against_torch_distributions(self):
         ddpm = DDPM(lambda x, t: 0.3 * x + 0.1, (1, 4, 4), 20, torch.full((20,), 0.9))
         x_0 = torch.rand(3, 1, 4, 4).double() * 2 - 1
@@ -455,6 +475,13 @@ class TestElbo(Test):
         counts = torch.bincount(seen[-1], minlength=5)[2:].double()
         self.assertLess((counts - 20_000 / 3).abs().max().item(), 5 * (20_000 * 2 / 9) ** 0.5)
 
+    def test_the_terms_go_by_their_names(self):
+        for model in (DDPM(lambda x, t: x, (1, 8, 8), 10), VAE((1, 8, 8))):
+            x = torch.rand(2, 1, 8, 8) * 2 - 1
+            terms = model.elbo(x)
+            backwards = dict(reversed(terms.items()))
+            self.assertSame(model.bits_per_dim(x, terms), model.bits_per_dim(x, backwards))
+
     def test_bits_per_dim(self):
         ddpm, x_0 = DDPM(lambda x, t: x, (1, 2, 2), 10), torch.zeros(2, 1, 2, 2).double()
         terms = {"reconstruction": torch.tensor([-4.0, 0]),
@@ -484,6 +511,29 @@ class TestMeta(Test):
             for steps in (None, 4):
                 self.assertEqual(ddpm.sample(3, steps).shape, x.shape)
 
+    def test_a_training_step(self):
+        # Up to the first row, where the host has to wait.
+        adam = torch.optim.Adam  # whose fused kernel the meta device lacks
+
+        def unfused(parameters, lr, fused, **options):
+            return adam(parameters, lr, **options)
+
+        for model in (DDPM(UNet(1, 8, (1, 2), attention=()), (1, 8, 8), 10), VAE((1, 8, 8))):
+            model.to("meta")
+            images = torch.zeros(64, 1, 8, 8, dtype=torch.uint8, device="meta")
+            config = {"images": 64, "batch_size": 4, "steps": 20, "lr": 0.1, "seed": 0,
+                      "precision": "fp32", "compile": False, "tensorboard": False}
+            state = {"model": model.state_dict(), "ema": model.state_dict(), "step": 0,
+                     "optimizer": adam(model.parameters()).state_dict(), "seconds": 0.0,
+                     "losses": []}
+            device = torch.device("meta")
+            with mock.patch.object(train.torch.optim, "Adam", unfused), \
+                    contextlib.redirect_stderr(io.StringIO()):
+                log = train.Log(config, state, None, None, device)
+                with self.assertRaisesRegex(RuntimeError, "item.* meta"):
+                    train.train(config, state, model, images, images, device, log)
+            self.assertEqual(len(log.losses), train.ROW)
+
     def test_vae(self):
         for decoder_std in (0.6, "learned"):
             vae = VAE((1, 8, 8), decoder_std=decoder_std).to("meta")
@@ -497,6 +547,13 @@ class TestMeta(Test):
 
 
 class TestUNet(Test):
+    def test_time_embedding(self):
+        # Wavelengths from 2π to 10,000 · 2π in equal ratios: for 8 numbers, of 10,000^(1/3).
+        t = torch.tensor([1.0, 7, 1000])
+        angles = t.double()[:, None] / torch.tensor([1, 10_000**(1 / 3), 10_000**(2 / 3), 10_000])
+        self.assertClose(network.time_embedding(t, 8), torch.cat([angles.sin(), angles.cos()], 1),
+                         atol=1e-4)
+
     def test_the_published_parameter_count(self):
         unet = UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,),
                     dropout=0.1)
@@ -612,6 +669,19 @@ class FileTest(Test):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+
+    def assertMistake(self, script, arguments, expected):
+        """It ends with status 2 and one line that says what is expected. In this process, to save
+        the seconds of a start; two mistakes are also made the long way."""
+        errors, main = io.StringIO(), {"train.py": train.main, "sample.py": sample.main}[script]
+        with self.subTest(expected), contextlib.redirect_stderr(errors), \
+                contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # the process ends with its lock
+            with self.assertRaises(SystemExit) as stop:
+                main(list(map(str, arguments)))
+            self.assertEqual(stop.exception.code, 2)
+            line = re.sub(r"\r[^\n]*\n", "", errors.getvalue())  # without the progress bar's
+            self.assertRegex(line, rf"\A{script}: error: .*{expected}.*\n\Z")
 
     def pretend(self, name, module):
         """Until the end of the test this is the module of that name; None: there is none."""
@@ -797,6 +867,25 @@ class TestCheckpoint(FileTest):
         torch.load(self.path, weights_only=False)
         self.assertTrue(made.exists())  # it would have
 
+    def test_what_sampling_can_do_without(self):
+        sample.save(self.path.with_name("checkpoint.pt"), self.state)
+        self.assertSame(sample.read_checkpoint(self.path.with_name("checkpoint.pt")), self.state)
+        self.assertMistake("train.py", ["--model", "vae", "--out", self.folder, "--resume"],
+                           "needs losses, optimizer, seconds, step")
+
+    def test_two_processes_write_one_file(self):
+        # Each its own bytes, over and over: what stands there is always the whole of one.
+        code = ("import sys; from sample import write_file\n"
+                "for i in range(300): write_file(sys.argv[1], sys.argv[2].encode() * 500_000)")
+        writers = [subprocess.Popen([sys.executable, "-c", code, self.path, letter], cwd=HERE,
+                                    stderr=subprocess.PIPE) for letter in "ab"]
+        found = set()
+        while any(writer.poll() is None for writer in writers):
+            content = self.path.read_bytes() if self.path.exists() else b"a" * 500_000
+            found.add((len(content), len(set(content))))
+        self.assertEqual([writer.communicate()[1] for writer in writers], [b"", b""])
+        self.assertEqual(found, {(500_000, 1)})
+
     def test_any_mutation_is_read_as_it_was_or_refused(self):
         sample.save(self.path, self.state)
         read = 0
@@ -839,18 +928,6 @@ class CommandTest(FileTest):
         self.assertEqual(done.returncode, status, done.stderr)
         return done.stderr if status == 2 else done.stdout
 
-    def assertMistake(self, script, arguments, expected):
-        """It ends with status 2 and one line that says what is expected. In this process, to save
-        the seconds of a start; two mistakes are also made the long way."""
-        errors, main = io.StringIO(), {"train.py": train.main, "sample.py": sample.main}[script]
-        with self.subTest(expected), contextlib.redirect_stderr(errors), \
-                contextlib.redirect_stdout(io.StringIO()):
-            with self.assertRaises(SystemExit) as stop:
-                main(list(map(str, arguments)))
-            self.assertEqual(stop.exception.code, 2)
-            line = re.sub(r"\r[^\n]*\n", "", errors.getvalue())  # without the progress bar's
-            self.assertRegex(line, rf"\A{script}: error: .*{expected}.*\n\Z")
-
     def train(self, model, *arguments, out=None):
         return ["--model", model, "--data", self.data, "--out", out or self.run_folder,
                 "--batch-size", 16, "--precision", "fp32", *TINY[model], *arguments]
@@ -886,6 +963,18 @@ class TestEndToEnd(CommandTest):
         self.assertTrue((frames[-1] == sample.grid(images)).all())
         (still,), _ = decode_png(strip)
         self.assertEqual(still.shape, (1, 5 * 30 + 2, 11 * 30 + 2))
+
+        # They are drawn with the moving average of the weights.
+        state = sample.read_checkpoint(self.checkpoint)
+        drawn = []
+        for weights in (state["ema"], state["model"]):
+            model = sample.build_model(state["config"])
+            model.load_state_dict(weights)
+            with sample.autocast(torch.device("cpu")):
+                x = model.eval().sample(5, generator=torch.Generator().manual_seed(0))
+            drawn.append(sample.to_uint8(x))
+        self.assertTrue((images == drawn[0]).all())
+        self.assertFalse((images == drawn[1]).all())
 
         # The same seed gives the same images, in any form; another seed or sampler does not.
         self.command("sample.py", *options, "--out", self.folder / "x.png")
@@ -945,6 +1034,12 @@ class TestEndToEnd(CommandTest):
         (_, picture, _), _ = (call.args for call in board.add_image.call_args_list)
         self.assertEqual(picture.shape, (1, 8 * 30 + 2, 8 * 30 + 2))
         board.close.assert_called_once()
+        # A run that began with it can go on without.
+        self.pretend("torch.utils.tensorboard", None)
+        options = [*arguments[:-1], "--epochs", 2, "--resume"]
+        self.assertMistake("train.py", options, "--no-tensorboard")
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            train.main(list(map(str, [*options, "--no-tensorboard"])))
 
     def test_colour(self):
         data = self.folder / "x.pt"
@@ -1014,9 +1109,10 @@ class TestReadme(FileTest):
             options = command[command.index(script) + 1:]
             with self.subTest(" ".join(command)):
                 if "--help" not in options and (options or script in parsers):
-                    _, args = parsers[script](options)
+                    _, parsed = parsers[script](options)
                     if script == "train.py":
-                        train.configure(args, None)
+                        train.configure({name: value for name, value in parsed.items()
+                                         if name not in ("out", "resume")}, None)
 
     def test_every_block_of_python_runs(self):
         # In a folder with what the blocks read, and without the one package that they ask for.
@@ -1050,10 +1146,12 @@ class TestReadme(FileTest):
 
 
 class TestRuns(CommandTest):
+    @unittest.skipIf(os.name == "nt", "Windows has other signals")
     def test_interrupted_and_resumed_equals_uninterrupted(self):
         for model, options, ask, status in (
                 ("ddpm", ["--steps", 48, "--dropout", 0.1], signal.SIGINT, 130),
                 ("vae", ["--steps", 120], signal.SIGTERM, 143),
+                ("vae", ["--steps", 120], signal.SIGHUP, 129),
                 ("vae", ["--steps", 120], signal.SIGKILL, -9)):
             straight, stopped = self.folder / f"{model}-straight", self.folder / f"{model}-{ask}"
             if not straight.exists():
@@ -1087,30 +1185,244 @@ class TestRuns(CommandTest):
             for key in ("config", "step", "losses", "model", "ema", "optimizer"):
                 self.assertSame(a[key], b[key], f"{model} stopped at {step}: {key}")
 
-    def keep_signals(self):
-        for handled in (signal.SIGINT, signal.SIGTERM):
-            self.addCleanup(signal.signal, handled, signal.getsignal(handled))
-
     def test_the_second_signal_stops_at_once(self):
-        self.keep_signals()
-        signals = train.catch_signals()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            os.kill(os.getpid(), signum)
-            self.assertEqual(signals[-1], signum)
-            self.assertEqual(signal.getsignal(signum), signal.SIG_DFL)
+        before = signal.getsignal(signal.SIGTERM)
+        with train.caught_signals() as signals:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(signum)
+                self.assertEqual(signals[-1], signum)
+                self.assertEqual(signal.getsignal(signum), signal.SIG_DFL)
+        self.assertEqual(signal.getsignal(signal.SIGTERM), before)
+
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "Windows has no SIGHUP")
+    def test_nohup(self):
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with train.caught_signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+        self.assertEqual(signals, [])
+
+    def in_process(self, *arguments):
+        """The standard output of train.main, and the status it ends with."""
+        status, output = 0, io.StringIO()
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(output):
+            try:
+                train.main(list(map(str, arguments)))
+            except SystemExit as stop:
+                status = stop.code
+        return output.getvalue(), status
+
+    def test_a_signal_during_the_last_checkpoint(self):
+        def save(path, state):
+            sample.save(path, state)
+            if state["step"] == 16:
+                signal.raise_signal(signal.SIGTERM)
+
+        options = self.train("vae", "--steps", 16)
+        with mock.patch.object(train, "save", save):
+            output, status = self.in_process(*options)
+        self.assertEqual(status, 143)
+        self.assertIn("stopped at step 16 of 16", output)
+        self.assertNotIn("ELBO", output)
+        output, status = self.in_process(*options, "--resume")
+        self.assertEqual(status, 0)
+        self.assertRegex(output, "already at step 16 of 16: nothing left to train\ntest ELBO")
 
     def test_a_loss_that_is_no_number_stops_the_run(self):
-        self.keep_signals()
         loss, bad = VAE.loss, iter([1] * 19 + [math.nan] + [1] * 5 + [math.inf])
         options = self.train("vae", "--steps", 40)
-        with mock.patch.object(VAE, "forward", lambda vae, x: next(bad) * loss(vae, x)):
-            self.assertMistake("train.py", options, r"step 20: the loss is nan.* last loss was "
-                               r"0\.\d+.*--lr.*--resume")
+        with mock.patch.object(VAE, "forward", lambda vae, x: next(bad, 1) * loss(vae, x)):
+            self.assertMistake("train.py", options, r"steps 11 to 20: the mean loss is nan, after "
+                               r"\d\.\d+; .*--lr.*--resume")
             self.assertEqual(sample.read_checkpoint(self.checkpoint)["step"], 16)
             self.assertEqual([row["step"] for row in self.metrics()], ["10"])
-            self.assertMistake("train.py", [*options, "--resume"], "step 22: the loss is inf")
+            self.assertMistake("train.py", [*options, "--resume"], "steps 21 to 30: .* is nan")
         self.assertEqual(sample.read_checkpoint(self.checkpoint)["step"], 16)
 
+    def test_no_checkpoint_holds_weights_that_are_no_numbers(self):
+        # √0 adds nothing to the loss, and a nan to the gradient.
+        root = [0] * 15 + [1]
+        loss = VAE.loss
+        with mock.patch.object(VAE, "forward", lambda vae, x: loss(vae, x) + (
+                (0 * next(vae.parameters()).sum()).sqrt() if root.pop(0) else 0)):
+            self.assertMistake("train.py", self.train("vae", "--steps", 16), "step 16: weights")
+        self.assertEqual(sample.read_checkpoint(self.checkpoint)["step"], 0)
+
+    def on_a_clock(self, step=1.0, writing=1000.0):
+        """A clock on which a step of the VAE takes so many seconds, and a picture or checkpoint so
+        many; and a list of the steps that checkpoints are written of."""
+        now, saved, loss, draw = [0.0], [], VAE.loss, train.draw_pictures
+
+        def forward(vae, x):
+            now[0] += step
+            return loss(vae, x)
+
+        def save(path, state):
+            now[0] += writing
+            saved.append(state["step"])
+            sample.save(path, state)
+
+        def draw_pictures(*arguments):
+            now[0] += writing
+            return draw(*arguments)
+
+        for where, name, new in ((VAE, "forward", forward), (train, "save", save),
+                                 (train, "draw_pictures", draw_pictures),
+                                 (train.time, "perf_counter", lambda: now[0])):
+            patch = mock.patch.object(where, name, new)
+            patch.start()
+            self.addCleanup(patch.stop)
+        return saved
+
+    def test_seconds_are_those_of_the_steps(self):
+        self.on_a_clock()
+        output, _ = self.in_process(*self.train("vae", "--batch-size", 64, "--epochs", 8))
+        for row in self.metrics():
+            self.assertEqual((float(row["seconds"]), float(row["images_per_second"])),
+                             (float(row["step"]), 64), row)
+        self.assertIn("; 64 images/s;", output)
+        self.in_process(*self.train("vae", "--batch-size", 64, "--epochs", 9, "--resume"))
+        self.assertEqual(float(self.metrics()[-1]["seconds"]), 36)
+
+    def test_short_epochs(self):
+        saved = self.on_a_clock()
+        self.in_process(*self.train("vae", "--batch-size", 256, "--epochs", 61))
+        expected = [*range(4, 61, 4), 61]
+        self.assertEqual(saved, [0, *expected])
+        self.assertEqual(sorted(path.name for path in self.run_folder.glob("samples_*")),
+                         [f"samples_{step:06d}.png" for step in expected])
+
+    def test_long_epochs(self):
+        saved = self.on_a_clock(step=40)  # 300 s are over after 8 of them
+        self.in_process(*self.train("vae", "--batch-size", 8, "--epochs", 1))
+        self.assertEqual(saved, [0, 8, 16, 24, 32])
+
+    def test_one_process_a_folder(self):
+        options = self.train("vae", "--steps", 100_000)
+        with open(self.folder / "log", "w") as log:
+            process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, options)],
+                                       cwd=self.folder, stdout=log, stderr=log)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        until = time.monotonic() + 60
+        while not (self.run_folder / "metrics.csv").exists() or len(self.metrics()) < 3:
+            self.assertLess(time.monotonic(), until)
+            time.sleep(0.01)
+        rows = (self.run_folder / "metrics.csv").read_bytes()
+        self.assertMistake("train.py", [*options, "--resume"], "another process is writing")
+        self.assertTrue((self.run_folder / "metrics.csv").read_bytes().startswith(rows))
+        self.assertIsNone(process.poll())
+        process.kill()
+        process.wait()
+        step = sample.read_checkpoint(self.checkpoint)["step"]
+        self.assertEqual(self.in_process(*options, "--resume", "--steps", step + 1)[1], 0)
+
+    def test_what_may_change(self):
+        self.command("train.py", *self.train("vae", "--steps", 16))
+        moved = self.folder / "moved"
+        self.data.rename(moved)
+        options = self.train("vae", "--resume", "--steps", 17)
+        self.assertMistake("train.py", options, "no such folder")
+        for data in (moved, moved.parent / "." / "moved" / ".." / "moved"):
+            self.assertEqual(self.in_process(*options, "--data", data)[1], 0)
+        torch.save(torch.zeros(257, 1, 28, 28, dtype=torch.uint8), self.folder / "other.pt")
+        self.assertMistake("train.py", [*options, "--data", self.folder / "other.pt"],
+                           "248 images .* began with 256")
+
+    def test_rows_that_someone_wrote(self):
+        self.in_process(*self.train("vae", "--steps", 32))
+        path = self.run_folder / "metrics.csv"
+        rows = path.read_text().splitlines()
+        for spoiled in ("\n", "x,y\n", "\n33,1", "40,1,1\n50,1,1\n"):
+            path.write_text("\n".join(rows) + "\n" + spoiled)
+            self.assertEqual(self.in_process(*self.train("vae", "--steps", 32, "--resume"))[1], 0)
+            self.assertEqual(path.read_text().splitlines()[:len(rows)], rows)
+            self.assertNotRegex(path.read_text(), "(?m)^(33|40|50),")
+
+    def test_memory(self):
+        told = "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you"
+        options = self.train("vae", "--steps", 1)
+        self.command("train.py", *options)
+        options += ["--resume", "--steps", 2]
+        for where, name in ((VAE, "forward"), (train, "evaluate")):
+            for error in (torch.OutOfMemoryError(), RuntimeError(told), MemoryError()):
+                with mock.patch.object(where, name, side_effect=error):
+                    self.assertMistake("train.py", options, "out of memory: a smaller --batch-size")
+        with mock.patch.object(train, "evaluate", side_effect=RuntimeError("a bug")):
+            with self.assertRaisesRegex(RuntimeError, "a bug"):
+                self.in_process(*options)
+
+    def test_the_evaluation_takes_no_larger_batches_than_training(self):
+        elbo, sizes = VAE.elbo, []
+        with mock.patch.object(VAE, "elbo", lambda vae, x: sizes.append(len(x)) or elbo(vae, x)):
+            self.in_process(*self.train("vae", "--steps", 1))
+        self.assertEqual((max(sizes), sum(sizes)), (16, 16 + 64))
+
+    @unittest.skipIf(os.name == "nt", "needs a Unix shell")
+    def test_a_terminal_that_is_not_there(self):
+        quoted = self.folder / "my run"
+        options = self.train("vae", "--steps", 1, out=quoted)
+        shell = " ".join(shlex.quote(str(word)) for word in (
+            sys.executable, HERE / "train.py", *options))
+        for end in ("2>&-", ">&-", "| true", "| head -1"):
+            with self.subTest(end):
+                for path in quoted.glob("*"):
+                    path.unlink()
+                done = subprocess.run(["bash", "-c", f"set -o pipefail; {shell} {end}"],
+                                      capture_output=True, text=True, timeout=60)
+                said = done.stdout + done.stderr
+                self.assertEqual(done.returncode, 0, said)
+                self.assertNotRegex(said, "Traceback|Error|error")
+                self.assertEqual("test ELBO" in said, end != ">&-")
+                self.assertEqual(sample.read_checkpoint(quoted / "checkpoint.pt")["step"], 1)
+                if end == "2>&-":
+                    self.assertEqual(shlex.split(said)[-1], str(quoted / "checkpoint.pt"))
+        narrow = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        said = self.command("train.py", *self.train("vae", "--steps", 1), env=narrow)
+        self.assertIn("256 images of 1?28?28", said)
+
+    def test_ranks_without_torchrun(self):
+        errors = self.command("train.py", *self.train("vae"), status=2,
+                              env={**os.environ, "WORLD_SIZE": "2"})
+        self.assertRegex(errors, r"\Atrain.py: error: .*RANK.*\n\Z")
+        self.assertFalse(self.run_folder.exists())
+
+    def test_every_rank_takes_another_share(self):
+        config, images = {"seed": 0, "batch_size": 8}, torch.arange(20, dtype=torch.uint8)
+        cpu = torch.device("cpu")
+        whole = [train.next_batch(images, config, step, cpu) for step in range(4)]
+        self.assertEqual(len(torch.cat(whole[:2]).unique()), 16)  # no image twice in an epoch
+        self.assertFalse((torch.cat(whole[:2]) == torch.cat(whole[2:])).all())
+        seeds = set()
+        for step in range(4):
+            shares = []
+            for rank in (0, 1):
+                with mock.patch.multiple(train, RANK=rank, RANKS=2):
+                    shares.append(train.next_batch(images, config, step, cpu))
+                seeds.add(torch.initial_seed())
+            self.assertSame(torch.cat(shares), whole[step])
+        self.assertEqual(len(seeds), 8)  # other random numbers in every step, on every rank
+
+    def test_gradients_are_clipped(self):
+        # Steps of plain gradient descent are as long as the learning rate times the clipped norm.
+        before, moves, loss = [], [], VAE.loss
+
+        def forward(vae, x):
+            weights = nn.utils.parameters_to_vector(vae.parameters()).detach().clone()
+            moves.extend((weights - old).norm().item() for old in before)
+            before[:] = [weights]
+            return 1000 * loss(vae, x)
+
+        def descent(parameters, lr, **options):
+            return torch.optim.SGD(parameters, lr)
+
+        with mock.patch.object(VAE, "forward", forward), \
+                mock.patch.object(train.torch.optim, "Adam", descent):
+            self.in_process(*self.train("vae", "--steps", 16, "--lr", 0.01))
+        rates = [0.01 * train.learning_rate(step, 16) for step in range(15)]
+        self.assertClose(moves, rates, rtol=1e-3)
+
+    @unittest.skipUnless(resource, "Windows has no limits")
     def test_no_room_on_the_disk(self):
         self.command("train.py", *self.train("vae", "--steps", 16))
         before = {path: path.read_bytes() for path in self.run_folder.iterdir()}
@@ -1162,6 +1474,9 @@ class TestRuns(CommandTest):
     def test_mistakes_with_options(self):
         self.command("train.py", *self.train("vae", "--steps", 1))
         before = {path: path.read_bytes() for path in self.run_folder.iterdir()}
+        other, folder = self.folder / "other.pt", self.folder / "folder.png"
+        other.write_bytes(self.checkpoint.read_bytes())
+        folder.mkdir()
         new, ddpm, vae = self.folder / "new", ["--model", "ddpm"], ["--model", "vae"]
         for option, model, *wrong in (
                 ("--epochs", vae, 0, -1, "nan", 1.5, 10**30),
@@ -1187,7 +1502,7 @@ class TestRuns(CommandTest):
         for expected, arguments in (
                 ("parameters do not fit", [*ddpm, "--channels", 10**5 - 4 * 8]),
                 ("divisible by 8", [*ddpm, "--multipliers", 1, 1, 1, 1]),
-                ("--epochs and --steps", [*vae, "--epochs", 1, "--steps", 1]),
+                ("--steps: not allowed with .*--epochs", [*vae, "--epochs", 1, "--steps", 1]),
                 ("--model", []), ("--model", ["--model", "gan"])):
             arguments += ["--data", self.data, "--out", new]
             self.assertMistake("train.py", arguments, expected)
@@ -1218,9 +1533,17 @@ class TestRuns(CommandTest):
                 ("--device", ["--checkpoint", self.checkpoint, "--device", "cuda:99"]),
                 ("must end in", ["--checkpoint", self.checkpoint, "--out", "x.jpg"]),
                 ("must end in", ["--checkpoint", self.checkpoint, "--chain", "x.gif"]),
-                ("no folder", ["--checkpoint", self.checkpoint, "--out", "nowhere/x.png"]),
-                ("checkpoint's", ["--checkpoint", self.checkpoint, "--out", self.checkpoint])):
+                ("--out nowhere.*: No such", ["--checkpoint", self.checkpoint, "--out",
+                                              "nowhere/x.png"]),
+                ("--out .*: a folder", ["--checkpoint", self.checkpoint, "--out", folder]),
+                ("checkpoint's", ["--checkpoint", self.checkpoint, "--out", self.checkpoint]),
+                ("file of its own", ["--checkpoint", other, "--out", other]),
+                ("--out, --latent-grid: each", ["--checkpoint", self.checkpoint, "--out", "x.png",
+                                                "--latent-grid", "./x.png"])):
             self.assertMistake("sample.py", arguments, expected)
+        with mock.patch.object(VAE, "sample", side_effect=RuntimeError("can't allocate memory")):
+            self.assertMistake("sample.py", ["--checkpoint", self.checkpoint, "--out", "x.png"],
+                               "out of memory: a smaller -n")
         for script, arguments in (("sample.py", []), ("train.py", self.train("vae"))):
             errors = self.command(script, *arguments, status=2)
             self.assertRegex(errors, rf"^{script}: error: .*runs?/.*\n$")
