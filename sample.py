@@ -1,8 +1,9 @@
 """Draw new images from a trained model: `python sample.py` after `python train.py --model …`.
 
 Numbers are those of version 3, January 2025, of the tutorial (arXiv 2403.18103). VAE (§1.3,
-Fig. 1.7): decode z ~ N(0, I). DDPM (§2.4, "Inference of DDPM"): run the reverse chain from
-x_T ~ N(0, I) to x_0, through all T steps or, with --steps, through a few of DDIM's (§2.6).
+Fig. 1.7): decode z ~ N(0, I). DDPM (§2.4, "Inference of DDPM", and §2.5, "… using ε̂_θ"): run the
+reverse chain from x_T ~ N(0, I) to x_0, through all T steps or, with --steps, through a few of
+DDIM's (§2.6).
 
 The second half is what train.py needs, too: checkpoints, files, devices, pictures, mistakes.
 """
@@ -41,8 +42,11 @@ from unet import UNet
 from vae import VAE
 
 BATCH = 256  # images drawn at a time, so that memory does not grow with -n
-CHAIN_FRAMES, STRIP_FRAMES, STRIP_IMAGES, LATENT_SIDE = 60, 11, 8, 20
+CHAIN_FRAMES = 60  # of the animation, at most
+STRIP_FRAMES, STRIP_IMAGES = 11, 8  # columns and rows of the film strip
+LATENT_SIDE = 20  # images along each side of the latent grid
 DDPM_ONLY, VAE_ONLY = ("steps", "eta", "chain", "strip", "compile"), ("latent-grid",)  # options
+FORMAT = 2  # of checkpoints
 
 
 # ------------------------------------------------------------------------------ drawing
@@ -76,7 +80,7 @@ def evenly(last: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def latent_grid(model: VAE, device: torch.device) -> Tensor:
-    """decode_θ(z) for a square of z = (z_1, z_2), z_1 growing to the right and z_2 upwards, whose
+    """f_θ(z) for a square of z = (z_1, z_2), z_1 growing to the right and z_2 upwards, whose
     lines lie closer where N(0, I) is denser: equal steps of its distribution function."""
     z = torch.special.ndtri((torch.arange(LATENT_SIDE) + 0.5) / LATENT_SIDE).to(device)
     return model.decode(torch.cartesian_prod(-z, z).flip(1))
@@ -133,7 +137,8 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.device, dict[str
     files = {option: path for option, path in files.items() if path}
     for option, path in files.items():
         check_output(option, path)
-    if len({path.resolve() for path in (args.checkpoint, *files.values())}) <= len(files):
+    paths = [args.checkpoint, *files.values()]
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise ValueError(f"{', '.join(files)}: each needs a file of its own, other than "
                          f"{args.checkpoint}")
     if args.eta is not None and args.steps is None:
@@ -208,7 +213,8 @@ def plan_model(config: dict) -> nn.Module:
     with torch.device("meta"):
         model = build_model(config)
         if isinstance(model, DDPM):
-            model.denoiser(torch.zeros(1, *model.image_shape), torch.ones(1))  # H and W divide
+            # Raises if H or W does not divide.
+            model.denoiser(torch.zeros(1, *model.image_shape), torch.ones(1))
     return model
 
 
@@ -217,7 +223,7 @@ def read_checkpoint(path: Path) -> dict:
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: not a checkpoint of train.py")
-    if state["format"] != 2:
+    if state["format"] != FORMAT:
         raise ValueError(f"{path}: a checkpoint of another version of this code")
 
     def shapes(weights: dict) -> set:
@@ -290,8 +296,8 @@ def load(path: Path):
 
 
 def claim(path: Path) -> BinaryIO:
-    """Open a file to append to it, and lock it until this process ends, however it ends. Raises
-    OSError if it can't be opened, ValueError if another process has it."""
+    """Open a file to append to it, and lock it until it is closed or this process ends, however it
+    ends. Raises OSError if it can't be opened, ValueError if another process has it."""
     file = open(path, "ab+", buffering=0)
     try:
         if os.name == "nt":  # locks bytes, which nobody else may read then: one far behind the end
@@ -311,7 +317,8 @@ def claim(path: Path) -> BinaryIO:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:N" or "mps".
+    """The device named "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:N" or
+    "mps".
 
     Raises ValueError where this machine has no such device.
     """
@@ -331,7 +338,7 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager:
     """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware multiplies
     bfloat16 itself (CUDA since Ampere, CPUs with AMX or AVX-512 BF16). Never float16: its
-    largest number is 65504, and a loss that passes it is nan from there on."""
+    largest number is 65504, and what passes it is inf."""
     if precision == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif precision == "auto" and device.type == "cpu":
@@ -401,7 +408,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake costs one line on stderr, and exit status 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -418,50 +425,66 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception of its own for it; the CPU and mps only say so."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError)
-        and bool(re.search("out of memory|not enough memory|can't allocate memory", str(error))))
+    """CUDA has an exception of its own for it; the CPU and mps only say so; torch.save hides it."""
+    told = re.search("out of memory|not enough memory|can't allocate memory", str(error))
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or isinstance(error, RuntimeError) and bool(told)
+            or isinstance(error.__context__, MemoryError))
 
 
 @contextlib.contextmanager
 def one_line(parser: Parser, kinds: tuple[type, ...], memory: str, advice: str = "") -> Iterator:
-    """What a user can mend ends the program with one line and status 2: errors of these kinds, and
-    memory that ran out. Each has its advice."""
+    """What a user can mend ends the program with one line and status 2: errors of these kinds, with
+    this advice behind them, and memory that ran out, with the advice `memory`."""
     try:
         yield
     except Exception as error:
         if not (isinstance(error, kinds) or is_out_of_memory(error)):
             raise
-        traceback.clear_frames(error.__traceback__)  # lets go of what they hold: memory, ranks
+        traceback.clear_frames(error.__traceback__)  # lets go of the tensors that they hold
         parser.error(f"out of memory: {memory}" if is_out_of_memory(error) else
                      f"{error}{advice}")
 
 
 def set_up_process():
     """What a program needs of the process it runs in."""
-    # Once glibc has seen a block of this size freed, it keeps what a layer frees for the next one.
-    # Until then it hands it back to the kernel and takes it again, page by page: a fifth of the
-    # time.
+    # Once glibc has seen a block of this size freed (just under 32 MiB, the most that it learns
+    # from), it keeps what a layer frees for the next one. Until then it hands it back to the kernel
+    # and takes it again, page by page: a fifth of the time.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by `2>&-`
             setattr(sys, name, open(os.devnull, "w"))
         if isinstance(getattr(sys, name), io.TextIOWrapper):
             getattr(sys, name).reconfigure(errors="replace")  # not every terminal has a ×
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        encoding = sys.stderr.encoding
+        sys.stderr = Stderr(sys.stderr.detach(), encoding, "replace", line_buffering=True)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
+
+
+class Stderr(io.TextIOWrapper):
+    """Whose reader may go (`2>&1 | tee`, a closed terminal): that is no reason to lose a run."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 def say(line: str):
-    """Print. Where nobody reads any more (`| head -1`, a closed terminal) this goes to stderr, from
-    now on, or nowhere: that is no reason to lose a run."""
+    """Print; from the moment on when nobody reads stdout any more (`| head -1`), on stderr."""
     try:
         print(line, flush=True)
     except OSError:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        with contextlib.suppress(OSError):
-            print(line, flush=True)
+        sys.stdout = sys.stderr
+        print(line)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback: nothing to clean up
     main()

@@ -6,8 +6,8 @@
 
 Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on the way. One loop
 serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the loss
-(§1.3, Thm 1.4; §2.4 and §2.5, "Training Algorithm for DDPM", in version 3 of January 2025). The
-rest is what most code of the field does to train a network.
+(§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM using ε̂_θ"; version 3,
+January 2025). The rest is what most code of the field does to train a network.
 """
 import argparse
 import contextlib
@@ -38,7 +38,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddpm import SCHEDULES
-from sample import (Parser, autocast, build_model, claim, grid, load, number, one_line,
+from sample import (FORMAT, Parser, autocast, build_model, claim, grid, load, number, one_line,
                     pick_device, plan_model, read_checkpoint, save, say, set_up_process, to_uint8,
                     write_png)
 from vae import VAE
@@ -51,7 +51,7 @@ DEFAULTS = {
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
                 channels=16),
 }
-# The options of both models that do not make a run what it is: --resume may change them.
+# The other options of both models, and their defaults: only these may change at --resume.
 CHANGEABLE = dict(data="data/mnist", epochs=None, steps=None, device="auto", precision="auto",
                   compile=False, tensorboard=False)
 # The test ELBO at the end: the number of images, and the options of the model's `elbo`.
@@ -66,7 +66,8 @@ CLIP = 1.0  # norm of the gradient
 REMEDY = "a new run with a lower --lr, or --precision fp32, may help"
 # torchrun starts one process, a rank, for each device, and tells it this. The ranks share every
 # batch, only rank 0 writes, and DistributedDataParallel keeps their weights equal.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANKS = max(1, int(os.environ.get("WORLD_SIZE") or 1))
+RANK = int(os.environ.get("RANK") or 0) if RANKS > 1 else 0
 
 
 # ------------------------------------------------------------------------------ training
@@ -77,8 +78,8 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     """Train the model as configured, from the start or from a checkpoint's state: returns its EMA,
     and the number of the signal that stopped it, or 0.
 
-    Raises OSError if a file can't be written, and FloatingPointError before a row or a checkpoint
-    would hold a number that is none.
+    images, test: uint8 (N, C, H, W). Raises OSError if a file can't be written, and
+    FloatingPointError before a row or a checkpoint would hold a nan or inf.
     """
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
     ema = AveragedModel(model).eval()
@@ -88,24 +89,25 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         ema.module.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-        ema.n_averaged.fill_(step)
+        ema.n_averaged.fill_(step)  # at 0 the next update would copy the weights
     schedule = LambdaLR(optimizer, lambda step: learning_rate(step, log.total), last_epoch=step - 1)
     cast = autocast(device, config["precision"])
     if config["compile"]:
         compile_networks(model, next_batch(images, config, step, device), cast)
-    # Here the ranks wait for one another: none writes before all have checked their input.
+    # Here the ranks wait for one another: no row, no checkpoint before all have their input.
     network = DistributedDataParallel(model) if RANKS > 1 else model
 
     stop = 0  # or the number of a signal
     with log, caught_signals() as signals:
-        if not state:  # from here on there always is a checkpoint to go on from
-            log.checkpoint(step, config, model, ema, optimizer)
+        # From here on there is a checkpoint to go on from, with the options of now.
+        log.checkpoint(step, model, ema, optimizer)
         while step < log.total and not stop:
             x = next_batch(images, config, step, device)
             with cast:
                 loss = network(x)  # DDPM.loss or VAE.loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            lr, = schedule.get_last_lr()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -116,13 +118,13 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
             stop = signal_of_any_rank(signals)
             log.add(loss.detach())
             if step % ROW == 0 or step == log.total:
-                log.row(step, config["lr"] * learning_rate(step - 1, log.total))
-            milestone = step % log.milestone == 0 or step == log.total
-            if milestone or stop or log.seconds() - log.saved > UNSAVED:
-                log.checkpoint(step, config, model, ema, optimizer)
-            if milestone:
+                log.row(step, lr)
+            draw = step % log.interval == 0 or step == log.total
+            if draw or stop or log.seconds() - log.saved > UNSAVED:
+                log.checkpoint(step, model, ema, optimizer)
+            if draw:
                 with cast:
-                    log.pictures(step, ema.module, to_float(test[:32], device), config["seed"])
+                    log.pictures(step, ema.module, to_float(test[:32], device))
     return ema.module, stop or max(signals, default=0)  # one may have come with the last pictures
 
 
@@ -130,14 +132,14 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
 
 
 def learning_rate(step: int, total: int) -> float:
-    """The share of --lr at this step: a linear warm-up, then half a cosine down to 0."""
+    """The share of --lr at this step: half a cosine from 1 down to 0, times a linear warm-up."""
     return min(1, (step + 1) / (WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def ema_decay(step: int) -> float:
-    """Of the moving average of the weights, which jitter around it from step to step: samples are
-    drawn with it (as in arXiv 2006.11239). The decay is warmed up, so that the average spans the
-    last tenth of the run so far and soon forgets the random start."""
+    """The decay of the EMA, the moving average of the weights. They jitter around it from step to
+    step, so that samples are drawn with it (as in arXiv 2006.11239). Warmed up, it spans the last
+    tenth of the run so far and soon forgets the random start."""
     return min(EMA_DECAY, step / (step + 10))
 
 
@@ -149,7 +151,7 @@ def next_batch(images: Tensor, config: dict, step: int, device: torch.device) ->
     """
     seed, batch_size = config["seed"], config["batch_size"]
     epoch, i = divmod(step, len(images) // batch_size)
-    torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))
+    torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))  # of integers: always the same
     order = shuffled(len(images), hash((seed, epoch)), images.device)
     share = order[i * batch_size:(i + 1) * batch_size].chunk(RANKS)[RANK]
     return to_float(images[share], device)
@@ -170,16 +172,14 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
 def caught_signals() -> Iterator[list[int]]:
     """A list that SIGINT, SIGTERM and SIGHUP (a closed terminal) are added to, unless they are
     ignored anyway (nohup). The same signal once more stops at once."""
-    signals, before = [], {}
+    signals, names = [], ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
 
     def on_signal(signum, frame):
         signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signum = getattr(signal, name, None)  # Windows has no SIGHUP
-        if signum and signal.getsignal(signum) != signal.SIG_IGN:
-            before[signum] = signal.signal(signum, on_signal)
+    before = {signum: signal.signal(signum, on_signal) for signum in signal.Signals
+              if signum.name in names and signal.getsignal(signum) != signal.SIG_IGN}
     try:
         yield signals
     finally:
@@ -189,14 +189,15 @@ def caught_signals() -> Iterator[list[int]]:
 
 def signal_of_any_rank(signals: list[int]) -> int:
     """One signal stops all ranks, after the same step."""
-    number = torch.tensor(max(signals, default=0), device="cpu")
+    signum = torch.tensor(max(signals, default=0), device="cpu")
     if RANKS > 1:
-        distributed.all_reduce(number, distributed.ReduceOp.MAX)
-    return number.item()
+        distributed.all_reduce(signum, distributed.ReduceOp.MAX)
+    return signum.item()
 
 
 def compile_networks(model: nn.Module, x: Tensor, cast: contextlib.AbstractContextManager):
-    """torch.compile them. It does so when they run for the first time: a step on x, for nothing."""
+    """torch.compile the networks. The work is done when they first run: in a step on x, whose
+    gradient is thrown away."""
     then = time.perf_counter()
     for child in model.children():
         child.compile()
@@ -210,8 +211,8 @@ def compile_networks(model: nn.Module, x: Tensor, cast: contextlib.AbstractConte
 
 @torch.no_grad()
 def draw_pictures(model: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
-    """By name: 64 samples, from the same noise every time, and for a VAE reconstructions beside
-    the originals x."""
+    """By name: 64 samples, from the same noise every time (of a DDPM in 50 steps of DDIM), and for
+    a VAE reconstructions beside the originals x."""
     generator = torch.Generator(x.device).manual_seed(seed)
     if not isinstance(model, VAE):
         return {"samples": model.sample(64, steps=min(50, model.T), generator=generator)}
@@ -238,34 +239,37 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int, device: torch.de
 
 
 class Log:
-    """What a run leaves behind: the progress bar, checkpoints, rows of metrics.csv and, on request,
-    of TensorBoard, pictures. And its clock, which stands still while files are written.
+    """What a run shows and leaves: the progress bar, metrics.csv, checkpoints, pictures and, on
+    request, rows and pictures for TensorBoard. Its clock stands still while it saves or draws.
 
     metrics: metrics.csv, open and locked: two runs in one folder would mix their rows and replace
-    each other's checkpoints. Of several ranks only rank 0 has it, and writes.
+    each other's checkpoints. Only rank 0 has it, and so only rank 0 writes.
     """
 
     def __init__(self, config: dict, state: dict | None, out: Path, metrics: BinaryIO | None,
                  device: torch.device):
-        self.out, self.metrics, self.board = out, metrics, None
+        self.config, self.out, self.metrics, self.board = config, out, metrics, None
         self.batch_size = config["batch_size"]
-        self.per_epoch = config["images"] // self.batch_size
-        self.total = config["steps"] or config["epochs"] * self.per_epoch
+        self.steps_per_epoch = config["images"] // self.batch_size
+        self.total = config["steps"] or config["epochs"] * self.steps_per_epoch
         # Pictures are drawn every so many steps: after an epoch, or after several.
-        self.milestone = self.per_epoch * math.ceil(self.total / self.per_epoch / PICTURES)
+        self.interval = self.steps_per_epoch * math.ceil(
+            self.total / self.steps_per_epoch / PICTURES)
         state = state or {"step": 0, "seconds": 0.0, "losses": []}
-        self.row_step, self.row_seconds = state["step"], state["seconds"]  # of the last row
+        self.step, self.saved = state["step"], state["seconds"]  # of the last checkpoint
+        self.row_step, self.row_seconds = self.step, self.saved  # of the last row since then
         self.losses = list(torch.tensor(state["losses"], device=device))  # since the last row
-        self.mean = math.nan  # of the last row's
-        if metrics:
-            trim(metrics, state["step"])
-            if config["tensorboard"]:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(out, purge_step=state["step"] + 1)
 
     def __enter__(self):
-        self.start, self.saved = time.perf_counter() - self.row_seconds, self.row_seconds
-        self.bar = tqdm(total=self.total * self.batch_size, initial=self.row_step * self.batch_size,
+        if self.metrics:
+            trim(self.metrics, self.step)
+            for half_written in self.out.glob("checkpoint.pt.*.tmp"):  # as a crash leaves it
+                half_written.unlink()
+            if self.config["tensorboard"]:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.out, purge_step=self.step + 1)
+        self.start = time.perf_counter() - self.saved
+        self.bar = tqdm(total=self.total * self.batch_size, initial=self.step * self.batch_size,
                         unit=" images", unit_scale=True, disable=RANK > 0)
 
     def __exit__(self, *exception):
@@ -278,15 +282,8 @@ class Log:
         """Of training, so far."""
         return time.perf_counter() - self.start
 
-    @contextlib.contextmanager
-    def paused(self):
-        """Stops the clock."""
-        then = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - then
-
     def add(self, loss: Tensor):
-        """A step's loss, of which every rank has its own."""
+        """A step's loss, averaged over the ranks: each has that of its share."""
         if RANKS > 1:
             distributed.all_reduce(loss.div_(RANKS))
         self.losses.append(loss)
@@ -294,46 +291,47 @@ class Log:
 
     def row(self, step: int, lr: float):
         """The mean loss since the last row. Here the host waits for the device."""
-        mean, before = torch.stack(self.losses).mean().item(), self.mean
+        mean = torch.stack(self.losses).mean().item()
         if not math.isfinite(mean):
-            raise FloatingPointError(f"steps {self.row_step + 1:,} to {step:,}: the mean loss is "
-                                     f"{mean}, after {before:.4g}; {REMEDY}")
+            raise FloatingPointError(f"step {step:,}: since the last row the mean loss is {mean}; "
+                                     f"{REMEDY}")
         self.losses.clear()
         seconds = self.seconds()
         rate = (step - self.row_step) * self.batch_size / (seconds - self.row_seconds)
-        self.row_step, self.row_seconds, self.mean = step, seconds, mean
+        self.row_step, self.row_seconds = step, seconds
         self.bar.set_postfix(loss=f"{mean:.4f}")
         if self.metrics:  # row by row: it can be watched
-            self.metrics.write(f"{step},{step / self.per_epoch:.4f},{mean},{lr},{rate:.1f},"
+            self.metrics.write(f"{step},{step / self.steps_per_epoch:.4f},{mean},{lr},{rate:.1f},"
                                f"{seconds:.3f}\n".encode())
         if self.board:
             for name, value in (("loss", mean), ("lr", lr), ("images_per_second", rate)):
                 self.board.add_scalar(name, value, step)
 
-    def checkpoint(self, step: int, config: dict, model: nn.Module, ema: AveragedModel,
+    def checkpoint(self, step: int, model: nn.Module, ema: AveragedModel,
                    optimizer: torch.optim.Optimizer):
         """What --resume and sample.py need. The loss may still be finite where its gradient, and
         with it the weights, no longer are: they must not replace good ones."""
         finite = [x.isfinite().all() for x in (*model.parameters(), *self.losses)]
-        if not torch.stack(finite).all():  # waits for the device: the clock stops after the step
-            raise FloatingPointError(f"step {step:,}: weights that are no numbers; {REMEDY}")
+        if not torch.stack(finite).all():  # waits for the device: the step is over
+            raise FloatingPointError(f"step {step:,}: weights or losses are nan or inf; {REMEDY}")
         self.step, self.saved = step, self.seconds()
         if self.metrics:
-            with self.paused():
-                save(self.out / "checkpoint.pt", {
-                    "format": 2, "config": config, "step": step, "seconds": self.saved,
-                    "losses": [loss.item() for loss in self.losses], "model": model.state_dict(),
-                    "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()})
+            save(self.out / "checkpoint.pt", {
+                "format": FORMAT, "config": self.config, "step": step, "seconds": self.saved,
+                "losses": [loss.item() for loss in self.losses], "model": model.state_dict(),
+                "ema": ema.module.state_dict(), "optimizer": optimizer.state_dict()})
+        self.start = time.perf_counter() - self.saved  # the clock stood still
 
-    def pictures(self, step: int, model: nn.Module, x: Tensor, seed: int):
-        """One PNG for everything that `draw_pictures` draws."""
-        if self.metrics:
-            with self.paused():
-                for name, images in draw_pictures(model, x, seed).items():
-                    picture = grid(to_uint8(images))
-                    write_png(self.out / f"{name}_{step:06d}.png", [picture])
-                    if self.board:
-                        self.board.add_image(name, picture, step)
+    def pictures(self, step: int, model: nn.Module, x: Tensor):
+        """A PNG for each of `draw_pictures`."""
+        seconds = self.seconds()
+        drawn = draw_pictures(model, x, self.config["seed"]) if self.metrics else {}
+        for name, images in drawn.items():
+            picture = grid(to_uint8(images))
+            write_png(self.out / f"{name}_{step:06d}.png", [picture])
+            if self.board:
+                self.board.add_image(name, picture, step)
+        self.start = time.perf_counter() - seconds  # the clock stood still
 
 
 def trim(file: BinaryIO, step: int):
@@ -341,9 +339,9 @@ def trim(file: BinaryIO, step: int):
     are cut off: those steps will be taken again."""
     size = 0
     file.seek(0)
-    for row in file.read().splitlines(keepends=True) if step else []:
-        number = row.partition(b",")[0]
-        if not row.endswith(b"\n") or (number.isdigit() and int(number) > step):
+    for row in file.read().splitlines(keepends=True):
+        first = row.partition(b",")[0]
+        if not row.endswith(b"\n") or (first.isdigit() and int(first) > step):
             break
         size += len(row)
     file.truncate(size)
@@ -427,6 +425,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
             help += " (default: " + ", ".join(
                 f"{' '.join(map(str, value)) if isinstance(value, list) else value} for {model}"
                 for model, value in defaults.items()) + ")"
+        elif CHANGEABLE.get(key):
+            help += f" (default: {CHANGEABLE[key]})"
         group.add_argument(name, help=help, **kwargs)
 
     def std(text: str) -> float | str:
@@ -435,7 +435,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     count, width = number(int, 1, 10**9), number(int, 1, 10**5)
     add("--model", "what to train", choices=list(DEFAULTS), required=True)
     add("--data", "folder of IDX files, gzipped or not, or a .pt file of a uint8 tensor "
-        "(N, C, H, W) (default: data/mnist)")
+        "(N, C, H, W)")
     add("--out", "folder for the results (default: runs/<model>)", type=Path)
     length = parser.add_mutually_exclusive_group()
     add("--epochs", "passes over the data", length, type=count)
@@ -443,8 +443,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--batch-size", "images in a step, of all devices together", type=count)
     add("--lr", "peak learning rate", type=number(float, 1e-9, 1))
     add("--seed", "of every random number", type=number(int, 0, 2**63 - 1))
-    add("--device", "auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--precision", "auto is bf16 autocast on hardware that has bf16 (default: auto)",
+    add("--device", "auto, cpu, cuda, cuda:N or mps")
+    add("--precision", "auto is bf16 autocast on hardware that has bf16",
         choices=["auto", "fp32", "bf16"])
     add("--compile", "torch.compile the networks, in a minute or two: for long runs on a GPU",
         action=argparse.BooleanOptionalAction)
@@ -471,6 +471,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
 def configure(options: dict, saved: dict | None) -> dict:
     """What defines a run and is kept in its checkpoint: these options over the model's defaults, or
     over those of the saved run, of which only some may change. Raises ValueError."""
+    options = {"model": options["model"], **options}  # first: the others depend on it
     defaults = {"model": options["model"], **CHANGEABLE, **DEFAULTS[options["model"]]}
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -488,8 +489,8 @@ def configure(options: dict, saved: dict | None) -> dict:
 
 
 def prepare(options: dict) -> tuple:
-    """The arguments of `train`. All that can be refused is refused here, before anything is
-    written: ValueError or OSError."""
+    """The arguments of `train`. All that can be refused is refused here, before a file changes (an
+    empty metrics.csv may come to be): ValueError or OSError."""
     out, resume = options.pop("out", Path("runs", options["model"])), options.pop("resume", False)
     checkpoint, metrics, state = out / "checkpoint.pt", None, None
     if checkpoint.exists() and not resume:
@@ -518,15 +519,15 @@ def prepare(options: dict) -> tuple:
                          "processes")
     shape = {"images": len(images), "image_shape": list(images.shape[1:])}
     if state and not shape.items() <= config.items():
-        raise ValueError(f"--data {config['data']}: {len(images)} images {images.shape[1:]}, but "
-                         f"this run began with {config['images']} of {config['image_shape']}")
+        raise ValueError(f"--data {config['data']}: {len(images)} images {shape['image_shape']}, "
+                         f"but this run began with {config['images']} of {config['image_shape']}")
     config.update(shape)
     size = sum(parameter.numel() for parameter in plan_model(config).parameters())
     torch.manual_seed(config["seed"])
     try:
         torch.empty(5 * size, device=device)  # weights, gradient, Adam's two moments, EMA
         model = build_model(config).to(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # TypeError: more bytes than a number can count
         raise ValueError(f"{size:,} parameters do not fit into {device}'s memory") from None
     if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)  # a batch then never crosses the bus
@@ -537,13 +538,16 @@ def prepare(options: dict) -> tuple:
             raise ValueError("--tensorboard: pip install tensorboard first; --no-tensorboard does "
                              "without") from None
     if RANKS > 1:
-        # DistributedDataParallel would import this, too, but later, and its functions keep the
-        # process group that they find: gloo's threads would outlive it, and could abort the exit.
+        # DistributedDataParallel imports this, too, but later. Its functions take the process group
+        # of the moment for a default argument; if that is ours, it outlives its destruction, and
+        # gloo's threads can abort the exit.
         from torch.distributed.nn import functional  # noqa: F401
         distributed.init_process_group()  # nccl for CUDA tensors, gloo for the CPU's
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         metrics = metrics or claim(out / "metrics.csv")
+        if checkpoint.exists() and not resume:
+            raise ValueError(f"{checkpoint}: another process has just written it")
         say(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
             f"{'×'.join(map(str, config['image_shape']))}, on {device}"
             + (f" and {RANKS - 1} more" if RANKS > 1 else ""))
@@ -563,28 +567,27 @@ def main(argv: list[str] | None = None):
         with one_line(parser, (FloatingPointError, OSError), memory,
                       "; --resume goes on from the last checkpoint"):
             ema, stop = train(config, state, model, images, test, device, log)
-            if RANK == 0 and not stop:
+            if RANK == 0 and stop:
+                launcher = ("python" if RANKS == 1 else "torchrun --nproc_per_node="
+                            f"{os.environ.get('LOCAL_WORLD_SIZE', RANKS)}")
+                say(f"stopped at step {log.step:,} of {log.total:,}; to go on: {launcher} train.py "
+                    f"--model {config['model']} --out {shlex.quote(str(log.out))} --resume")
+            elif RANK == 0:
                 n, elbo_options = EVALUATION[config["model"]]
                 torch.manual_seed(config["seed"])
                 elbo, bits = evaluate(ema, test[:n], config["batch_size"] // RANKS, device,
                                       elbo_options)
+                say(f"test ELBO {elbo:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
+                    + "".join(f", {name} = {value}" for name, value in elbo_options.items())
+                    + f"); {log.row_step * log.batch_size / log.row_seconds:.0f} images/s; to "
+                    "sample: python sample.py --checkpoint "
+                    + shlex.quote(str(log.out / "checkpoint.pt")))
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()
-    if RANK == 0 and stop:
-        launcher = ("python" if RANKS == 1 else
-                    f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', RANKS)}")
-        say(f"stopped at step {log.step:,} of {log.total:,}; to go on: {launcher} train.py "
-            f"--model {config['model']} --out {shlex.quote(str(log.out))} --resume")
-    elif RANK == 0:
-        say(f"test ELBO {elbo:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
-            + "".join(f", {name} = {value}" for name, value in elbo_options.items())
-            + f"); {log.row_step * log.batch_size / log.row_seconds:.0f} images/s; to sample: "
-            f"python sample.py --checkpoint {shlex.quote(str(log.out / 'checkpoint.pt'))}")
     if stop:
         sys.exit(128 + stop)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, just stop
     main()
