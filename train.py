@@ -567,24 +567,24 @@ def main(argv: list[str] | None = None):
         with one_line(parser, (FloatingPointError, OSError), memory,
                       "; --resume goes on from the last checkpoint"):
             ema, stop = train(config, state, model, images, test, device, log)
-            if RANK == 0 and stop:
-                launcher = ("python" if RANKS == 1 else "torchrun --nproc_per_node="
-                            f"{os.environ.get('LOCAL_WORLD_SIZE', RANKS)}")
-                say(f"stopped at step {log.step:,} of {log.total:,}; to go on: {launcher} train.py "
-                    f"--model {config['model']} --out {shlex.quote(str(log.out))} --resume")
-            elif RANK == 0:
-                n, elbo_options = EVALUATION[config["model"]]
-                torch.manual_seed(config["seed"])
-                elbo, bits = evaluate(ema, test[:n], config["batch_size"] // RANKS, device,
-                                      elbo_options)
-                say(f"test ELBO {elbo:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
-                    + "".join(f", {name} = {value}" for name, value in elbo_options.items())
-                    + f"); {log.row_step * log.batch_size / log.row_seconds:.0f} images/s; to "
-                    "sample: python sample.py --checkpoint "
-                    + shlex.quote(str(log.out / "checkpoint.pt")))
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()
+    if RANK == 0 and stop:
+        launcher = ("python" if RANKS == 1 else
+                    f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', RANKS)}")
+        say(f"stopped at step {log.step:,} of {log.total:,}; to go on: {launcher} train.py "
+            f"--model {config['model']} --out {shlex.quote(str(log.out))} --resume")
+    elif RANK == 0:
+        n, elbo_options = EVALUATION[config["model"]]
+        torch.manual_seed(config["seed"])
+        with one_line(parser, (), memory):
+            elbo, bits = evaluate(ema, test[:n], config["batch_size"] // RANKS, device,
+                                  elbo_options)
+        say(f"test ELBO {elbo:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
+            + "".join(f", {name} = {value}" for name, value in elbo_options.items())
+            + f"); {log.row_step * log.batch_size / log.row_seconds:.0f} images/s; to sample: "
+            f"python sample.py --checkpoint {shlex.quote(str(log.out / 'checkpoint.pt'))}")
     if stop:
         sys.exit(128 + stop)
 
