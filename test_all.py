@@ -1329,7 +1329,8 @@ class TestRuns(CommandTest):
             self.assertLess(time.monotonic(), until)
             time.sleep(0.01)
         rows = (self.run_folder / "metrics.csv").read_bytes()
-        self.assertMistake("train.py", [*options, "--resume"], "another process is writing")
+        self.assertMistake("train.py", [*options, "--resume", "--steps", 40],
+                           "another process is writing")
         self.assertTrue((self.run_folder / "metrics.csv").read_bytes().startswith(rows))
         self.assertIsNone(process.poll())
         process.kill()
