@@ -930,6 +930,23 @@ class CommandTest(FileTest):
         self.assertEqual(done.returncode, status, done.stderr)
         return done.stderr if status == 2 else done.stdout
 
+    def in_process(self, *arguments):
+        """The standard output of train.main, and the status it ends with."""
+        status, output = 0, io.StringIO()
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(output):
+            try:
+                train.main(list(map(str, arguments)))
+            except SystemExit as stop:
+                status = stop.code
+        return output.getvalue(), status
+
+    def trained(self, checkpoint, weights="ema"):
+        """The model of a checkpoint, with these of its weights."""
+        state = sample.read_checkpoint(checkpoint)
+        model = sample.build_model(state["config"])
+        model.load_state_dict(state[weights])
+        return model.eval()
+
     def train(self, model, *arguments, out=None):
         return ["--model", model, "--data", self.data, "--out", out or self.run_folder,
                 "--batch-size", 16, "--precision", "fp32", *TINY[model], *arguments]
@@ -967,13 +984,11 @@ class TestEndToEnd(CommandTest):
         self.assertEqual(still.shape, (1, 5 * 30 + 2, 11 * 30 + 2))
 
         # They are drawn with the moving average of the weights.
-        state = sample.read_checkpoint(self.checkpoint)
         drawn = []
-        for weights in (state["ema"], state["model"]):
-            model = sample.build_model(state["config"])
-            model.load_state_dict(weights)
+        for weights in ("ema", "model"):
+            model = self.trained(self.checkpoint, weights)
             with sample.autocast(torch.device("cpu")):
-                x = model.eval().sample(5, generator=torch.Generator().manual_seed(0))
+                x = model.sample(5, generator=torch.Generator().manual_seed(0))
             drawn.append(sample.to_uint8(x))
         self.assertTrue((images == drawn[0]).all())
         self.assertFalse((images == drawn[1]).all())
@@ -993,9 +1008,7 @@ class TestEndToEnd(CommandTest):
         (picture,), _ = decode_png(self.run_folder / "reconstructions_000048.png")
         _, originals = train.load_images(self.data)
         self.assertTrue((picture[:, 2:30, 2:30] == originals[0]).all())
-        state = sample.read_checkpoint(self.checkpoint)
-        vae = sample.build_model(state["config"])
-        vae.load_state_dict(state["ema"])
+        vae = self.trained(self.checkpoint)
         with torch.no_grad():
             mu, _ = vae.encode(train.to_float(originals[:1], torch.device("cpu")))
             digit = sample.to_uint8(vae.decode(mu))[0]
@@ -1017,9 +1030,7 @@ class TestEndToEnd(CommandTest):
         self.command("train.py", *self.train("vae", "--steps", 1, "--latent-dim", 2, out=flat))
         self.command("sample.py", "--checkpoint", flat / "checkpoint.pt", "--latent-grid", file)
         (picture,), _ = decode_png(file)
-        state = sample.read_checkpoint(flat / "checkpoint.pt")
-        vae = sample.build_model(state["config"])
-        vae.load_state_dict(state["ema"])
+        vae = self.trained(flat / "checkpoint.pt")
         z = Normal(0.0, 1.0).icdf((torch.arange(20) + 0.5) / 20)
         for row, column in ((0, 0), (0, 19), (12, 5)):  # z_1 to the right, z_2 upwards
             with torch.no_grad():
@@ -1034,9 +1045,7 @@ class TestEndToEnd(CommandTest):
         self.pretend("torch.utils.tensorboard", None)
         self.assertMistake("train.py", arguments, "--tensorboard: pip install tensorboard")
         self.pretend("torch.utils.tensorboard", package)
-        quiet = io.StringIO()
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            train.main(list(map(str, arguments)))
+        self.assertEqual(self.in_process(*arguments)[1], 0)
         drawn = [call.args for call in board.add_scalar.call_args_list if call.args[0] == "loss"]
         self.assertEqual(drawn, [("loss", float(row["loss"]), int(row["step"]))
                                  for row in self.metrics()])
@@ -1047,8 +1056,7 @@ class TestEndToEnd(CommandTest):
         self.pretend("torch.utils.tensorboard", None)
         options = [*arguments[:-1], "--epochs", 2, "--resume"]
         self.assertMistake("train.py", options, "--no-tensorboard")
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            train.main(list(map(str, [*options, "--no-tensorboard"])))
+        self.assertEqual(self.in_process(*options, "--no-tensorboard")[1], 0)
 
     def test_colour(self):
         data = self.folder / "x.pt"
@@ -1221,16 +1229,6 @@ class TestRuns(CommandTest):
         with train.caught_signals() as signals:
             signal.raise_signal(signal.SIGHUP)
         self.assertEqual(signals, [])
-
-    def in_process(self, *arguments):
-        """The standard output of train.main, and the status it ends with."""
-        status, output = 0, io.StringIO()
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(output):
-            try:
-                train.main(list(map(str, arguments)))
-            except SystemExit as stop:
-                status = stop.code
-        return output.getvalue(), status
 
     def test_a_signal_during_the_last_checkpoint(self):
         def save(path, state):
@@ -1491,7 +1489,6 @@ class TestRuns(CommandTest):
     # What torchrun starts: train.py without chance in the VAE, and with a signal to rank 1 alone.
     RANKS = """
 import signal, sys, train, vae
-from ddpm import DDPM
 
 loss, steps = vae.VAE.loss, int(sys.argv.pop())
 
