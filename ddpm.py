@@ -27,7 +27,6 @@ if __name__ == "__main__":  # torch can do without NumPy, and so can this file
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
@@ -111,7 +110,8 @@ class DDPM(nn.Module):
         schedule: "linear", "cosine", or a tensor (T,) of α_1, …, α_T with 0 < α_t < 1.
         predict: what the network's output is: the "noise" ε̂_θ(x_t) (§2.5) or the "image"
             x̂_θ(x_t) (§2.4).
-        t_sampling: how training draws t, "uniform" as in the paper or "snr": see `draw_t`.
+        t_sampling: how training draws t and weighs it, "uniform" as in the paper or "snr": see
+            `draw_t`.
 
     Wherever a method takes t it is an int, for the whole batch, or a (B,) integer tensor, with
     1 ≤ t ≤ T. Means and variances come back ready to broadcast against (B, C, H, W). Bad arguments
@@ -149,11 +149,15 @@ class DDPM(nn.Module):
                 alphas = SCHEDULES[schedule](T)
             self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), alphas])
             self.alpha_bar = self.alpha.cumprod(0)
-            # p(t) of `draw_t`, summed up: P(t ≤ 0) = 0, P(t ≤ 1), …, P(t ≤ T) = 1.
-            snr = self.alpha_bar / (1 - self.alpha_bar)
-            p = (1 / snr).clamp(max=1) if t_sampling == "snr" else torch.ones_like(snr)
-            p[0] = 0
-            self.t_cdf = p.cumsum(0) / p.sum()
+            # √w(t) of `draw_t`, and p(t) summed up: P(t ≤ 0) = 0, P(t ≤ 1), …, P(t ≤ T) = 1.
+            noise = 1 - self.alpha_bar
+            w = torch.ones(T + 1, dtype=torch.float64)
+            if t_sampling == "snr":
+                v = 0.5 * (noise[1:] / (self.alpha[1:] * noise[:-1]) - 1)
+                w[1:] = (noise / self.alpha_bar)[1:] + T / 200 * v
+            w[0] = 0
+            self.root_w = w.clamp(max=1).sqrt()
+            self.t_cdf = self.root_w.cumsum(0) / self.root_w.sum()
 
     def _check(self, t: int | Tensor, *images: Tensor) -> Tensor:
         """t as an index into the tables: () for an int, else (B, 1, 1, 1). ValueError unless all
@@ -264,9 +268,18 @@ class DDPM(nn.Module):
     def draw_t(self, n: int) -> Tensor:
         """t ~ Uniform[1, T] (§2.4, (2.47)): n of them, (n,) int64 on the CPU.
 
-        With t_sampling="snr" instead p(t) ∝ min(1, 1/snr(t)), where snr(t) = ᾱ_t / (1 − ᾱ_t): an
-        x_t with more signal than noise leaves little to learn, and more steps go to the other t.
-        (arXiv 2303.09556, "Min-SNR Weighting Strategy", does it by a factor in the loss.)
+        With t_sampling="snr" some t count more: t comes with p(t) ∝ √w(t), and in `loss` with the
+        factor √w(t).
+
+            w(t) = min(1, 1/snr(t) + T/200 · v(t)),    v(t) = ½ [snr(t − 1) / snr(t) − 1]
+
+        with snr(t) = ᾱ_t / (1 − ᾱ_t). 1/snr is for the pictures: where x_t has more signal than
+        noise, little is left to learn ("Efficient Diffusion Training via Min-SNR Weighting
+        Strategy", arXiv 2303.09556). v is for the likelihood: it is the weight of ‖ε̂_θ − ε‖² in the
+        ELBO, (2.43) with (x_t − √(1 − ᾱ_t) ε̂_θ) / √ᾱ_t for x̂_θ, and about 1/t. So t up to T/200
+        count in full, few as they are. ("Improved Denoising Diffusion Probabilistic Models", arXiv
+        2102.09672, also adds a little of the ELBO to the loss.) A rare t with a large factor would
+        make the gradient noisy, a frequent one with a small factor would take time from others.
 
         The n times are spread evenly over their distribution, from one random start: the loss is
         less noisy than with independent draws ("Variational Diffusion Models", arXiv 2107.00630).
@@ -281,13 +294,14 @@ class DDPM(nn.Module):
         step, for a batch of images: a scalar, the mean over the images and their pixels. (The
         second box prints ᾱ_t x_0 where (2.11) has √ᾱ_t x_0.) In the ELBO each t has a factor of its
         own (see `elbo`). The boxes drop it, which costs some likelihood and gives better pictures
-        (arXiv 2006.11239, section 3.4).
+        (arXiv 2006.11239, section 3.4); t_sampling="snr" has another one (see `draw_t`).
         """
         t = self.draw_t(len(x_0))
         noise = torch.randn_like(x_0)
         x_t = self.q_sample(x_0, t, noise)
         target = noise if self.predict == "noise" else x_0
-        return F.mse_loss(self._denoise(x_t, t), target)
+        factor, = _like(x_0, self.root_w[t].view(-1, 1, 1, 1))
+        return (factor * (self._denoise(x_t, t) - target).square()).mean()
 
     forward = loss  # a module is called through forward, for example by DistributedDataParallel
 

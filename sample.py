@@ -46,7 +46,7 @@ CHAIN_FRAMES = 60  # of the animation, at most
 STRIP_FRAMES, STRIP_IMAGES = 11, 8  # columns and rows of the film strip
 LATENT_SIDE = 20  # images along each side of the latent grid
 DDPM_ONLY, VAE_ONLY = ("steps", "eta", "chain", "strip", "compile"), ("latent-grid",)  # options
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 
 
 # ------------------------------------------------------------------------------ drawing
@@ -202,7 +202,7 @@ def build_model(config: dict) -> nn.Module:
     if config["model"] == "vae":
         return VAE(shape, config["latent_dim"], config["channels"], config["decoder_std"])
     denoiser = UNet(shape[0], config["channels"], config["multipliers"], config["blocks"],
-                    config["attention"], config["dropout"])
+                    config["attention"], config["dropout"], config["fourier"])
     return DDPM(denoiser, shape, config["timesteps"], config["schedule"], config["predict"],
                 config["t_sampling"])
 

@@ -322,23 +322,41 @@ def pixel_ddpm(T, predict="noise"):
 
 
 class TestLoss(Test):
+    def weight(self):
+        """w(t) of `draw_t` for t = 1, …, 20 of the cosine schedule, with its v(t) by way of (2.43):
+        the factor of ‖x̂ − x_0‖² there, times that of (x̂ − x_0)² over (ε̂ − ε)²."""
+        alpha = cosine_alphas(20)
+        alpha_bar = alpha.cumprod(0)
+        prev = torch.cat([torch.ones(1), alpha_bar[:-1]])
+        variance = (1 - alpha) * (1 - prev) / (1 - alpha_bar)  # 0 at t = 1, where v is infinite
+        factor = (1 - alpha) ** 2 * prev / (2 * variance * (1 - alpha_bar) ** 2)
+        odds = (1 - alpha_bar) / alpha_bar
+        return (odds + 20 / 200 * factor * odds).clamp(max=1)
+
+    def test_how_much_each_t_counts(self):
+        # A network that is wrong by e(t) for every pixel of the image 0. p(t) and the factor of the
+        # loss are one root of w(t) each. No randomness is left: draws of t are evenly spread.
+        w, e = self.weight(), torch.linspace(5, -4, 20).double()
+        self.assertTrue(w[0] == w[-1] == 1 and w[1] < 0.2, w)
+        ddpm = DDPM(lambda x, t: e[t - 1].view(-1, 1, 1, 1).expand_as(x).float(), (1, 2, 2), 20,
+                    predict="image", t_sampling="snr")
+        self.assertClose(ddpm.loss(torch.zeros(100_000, 1, 2, 2)).double(),
+                         (w * e**2).sum() / w.sqrt().sum(), rtol=1e-3)
+
     def test_how_often_each_t_is_drawn(self):
-        alpha_bar = linear_alphas(10).cumprod(0)
-        for t_sampling, rate in (("uniform", torch.ones(10)),
-                                 ("snr", ((1 - alpha_bar) / alpha_bar).clamp(max=1))):
+        for t_sampling, rate in (("uniform", torch.ones(20)), ("snr", self.weight().sqrt())):
             seen = []
-            ddpm = DDPM(lambda x, t: seen.append(t) or x, (1, 1, 1), 10, "linear",
-                        t_sampling=t_sampling)
+            ddpm = DDPM(lambda x, t: seen.append(t) or x, (1, 1, 1), 20, t_sampling=t_sampling)
             for n in (1, 3, 20_000):
                 ddpm.loss(torch.zeros(n, 1, 1, 1))
-                counts = torch.bincount(seen.pop(), minlength=11)
+                counts = torch.bincount(seen.pop(), minlength=21)
                 self.assertEqual(counts[0], 0)
                 self.assertLess((counts[1:] - n * rate / rate.sum()).abs().max(), 2)  # not √n
             for _ in range(2000):
                 ddpm.loss(torch.zeros(2, 1, 1, 1))
             expected = 2000 * rate / rate.sum()
             for t in torch.stack(seen, dim=1):  # each image meets all of them
-                counts = torch.bincount(t, minlength=11)[1:]
+                counts = torch.bincount(t, minlength=21)[1:]
                 self.assertTrue(((counts - expected).abs() < 5 * expected.sqrt()).all(), counts)
 
     def test_value_for_a_known_denoiser(self):
@@ -555,6 +573,25 @@ class TestUNet(Test):
         self.assertClose(network.time_embedding(t, 8), torch.cat([angles.sin(), angles.cos()], 1),
                          atol=1e-4)
 
+    def test_fourier_features(self):
+        # The imaginary and the real part of e^(i 2ⁿ π x), of all channels.
+        x = torch.rand(2, 3, 4, 5) * 2 - 1
+        waves = [torch.exp(1j * 2**n * math.pi * x.double()) for n in (3, 5)]
+        expected = torch.cat([x, *[part for z in waves for part in (z.imag, z.real)]], dim=1)
+        self.assertClose(network.fourier_features(x, (3, 5)), expected, atol=1e-4)
+        self.assertSame(network.fourier_features(x, ()), x)
+        unet = UNet(3, 8, (1,), fourier=(3, 5), attention=())
+        self.assertEqual(unet(x, torch.ones(2)).shape, x.shape)
+
+    def test_fourier_features_pass_bfloat16(self):
+        # Near −1 it has steps of 2⁻⁸: two x closer than half of that are one to the plain network.
+        x = torch.full((1, 1, 8, 8), -0.9961)
+        for fourier, differ in ((), False), ((5,), True):
+            unet = self.random(UNet(1, 8, (1,), attention=(), fourier=fourier))
+            with torch.autocast("cpu", torch.bfloat16):
+                a, b = (unet(y, torch.ones(1)) for y in (x, x + 0.001))
+            self.assertEqual(bool((a - b).abs().max() > 0), differ)
+
     def test_the_published_parameter_count(self):
         unet = UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,),
                     dropout=0.1)
@@ -613,7 +650,8 @@ class TestUNet(Test):
                           dict(channels=0), dict(channels=32.5), dict(blocks=0), dict(blocks=1.5),
                           dict(multipliers=()), dict(multipliers=(1, 0)),
                           dict(multipliers=(1, 2.5)), dict(attention=(3,)), dict(attention=(-1,)),
-                          dict(dropout=1.0), dict(dropout=math.nan)):
+                          dict(dropout=1.0), dict(dropout=math.nan), dict(fourier=(9,)),
+                          dict(fourier=(0.5,))):
             value = next(iter(arguments.values()))
             with self.assertRaisesRegex(ValueError, re.escape(str(value))):
                 UNet(**arguments)
@@ -826,7 +864,7 @@ class TestCheckpoint(FileTest):
         config = {"model": "vae", "image_shape": [1, 8, 8], "latent_dim": 2, "channels": 1,
                   "decoder_std": 0.5}
         weights = dict(sample.build_model(config).state_dict())
-        self.state = {"format": 2, "config": config, "model": weights, "ema": weights}
+        self.state = {"format": sample.FORMAT, "config": config, "model": weights, "ema": weights}
 
     def assertRefused(self, expected):
         with self.assertRaisesRegex(ValueError, f"^{re.escape(str(self.path))}: .*{expected}"):

@@ -45,9 +45,9 @@ from vae import VAE
 
 # The options that --model brings with it, and their defaults.
 DEFAULTS = {
-    "ddpm": dict(steps=6400, batch_size=32, lr=1e-3, seed=0, timesteps=1000, schedule="cosine",
+    "ddpm": dict(steps=6400, batch_size=32, lr=2e-3, seed=0, timesteps=1000, schedule="cosine",
                  predict="noise", t_sampling="snr", channels=16, multipliers=[1, 2, 4], blocks=1,
-                 attention=[2], dropout=0.0),
+                 attention=[2], dropout=0.0, fourier=[3, 5]),
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
                 channels=16),
 }
@@ -454,7 +454,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
     add("--predict", "what the U-Net predicts", choices=["noise", "image"])
-    add("--t-sampling", "how training draws t: uniform is the paper's", choices=["uniform", "snr"])
+    add("--t-sampling", "how training draws and weighs t: uniform is the paper's",
+        choices=["uniform", "snr"])
     add("--channels", "width of the network's first level", type=width)
     add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
         nargs="+", metavar="M")
@@ -462,6 +463,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--attention", "levels with attention; 0 is full resolution", nargs="*", metavar="LEVEL",
         type=number(int, 0, 10**9))
     add("--dropout", "in the residual blocks", type=number(float, 0, 0.999))
+    add("--fourier", "the network also sees sin and cos of 2^N pi x for each N", nargs="*",
+        metavar="N", type=number(int, 0, 8))
     add("--latent-dim", "length of z", type=width)
     add("--decoder-std", "sigma of p(x|z), for pixels in [-1, 1], or the word learned",
         type=std)
