@@ -110,7 +110,7 @@ class DDPM(nn.Module):
         schedule: "linear", "cosine", or a tensor (T,) of α_1, …, α_T with 0 < α_t < 1.
         predict: what the network's output is: the "noise" ε̂_θ(x_t) (§2.5) or the "image"
             x̂_θ(x_t) (§2.4).
-        t_sampling: how training draws t and weighs it, "uniform" as in the paper or "snr": see
+        t_sampling: how training draws and weighs t, "uniform" as in the paper or "snr": see
             `draw_t`.
 
     Wherever a method takes t it is an int, for the whole batch, or a (B,) integer tensor, with
@@ -153,7 +153,7 @@ class DDPM(nn.Module):
             noise = 1 - self.alpha_bar
             w = torch.ones(T + 1, dtype=torch.float64)
             if t_sampling == "snr":
-                v = 0.5 * (noise[1:] / (self.alpha[1:] * noise[:-1]) - 1)
+                v = 0.5 * (noise[1:] / (self.alpha[1:] * noise[:-1]) - 1)  # v(1) = ∞: 1 − ᾱ_0 = 0
                 w[1:] = (noise / self.alpha_bar)[1:] + T / 200 * v
             w[0] = 0
             self.root_w = w.clamp(max=1).sqrt()
@@ -268,18 +268,21 @@ class DDPM(nn.Module):
     def draw_t(self, n: int) -> Tensor:
         """t ~ Uniform[1, T] (§2.4, (2.47)): n of them, (n,) int64 on the CPU.
 
-        With t_sampling="snr" some t count more: t comes with p(t) ∝ √w(t), and in `loss` with the
-        factor √w(t).
+        With t_sampling="snr" t counts w(t): it is drawn with p(t) ∝ √w(t), and `loss` has the
+        other √w(t) as a factor.
 
             w(t) = min(1, 1/snr(t) + T/200 · v(t)),    v(t) = ½ [snr(t − 1) / snr(t) − 1]
 
-        with snr(t) = ᾱ_t / (1 − ᾱ_t). 1/snr is for the pictures: where x_t has more signal than
-        noise, little is left to learn ("Efficient Diffusion Training via Min-SNR Weighting
-        Strategy", arXiv 2303.09556). v is for the likelihood: it is the weight of ‖ε̂_θ − ε‖² in the
-        ELBO, (2.43) with (x_t − √(1 − ᾱ_t) ε̂_θ) / √ᾱ_t for x̂_θ, and about 1/t. So t up to T/200
-        count in full, few as they are. ("Improved Denoising Diffusion Probabilistic Models", arXiv
-        2102.09672, also adds a little of the ELBO to the loss.) A rare t with a large factor would
-        make the gradient noisy, a frequent one with a small factor would take time from others.
+        with snr(t) = ᾱ_t / (1 − ᾱ_t). 1/snr is for the pictures: an x_t with more signal than noise
+        counts less ("Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv
+        2303.09556; our γ is 1). v is for the likelihood: for t ≥ 2 it is the weight of
+        ‖ε̂_θ − ε‖² in the ELBO, which is that of ‖x̂_θ − x_0‖² in (2.43) over snr(t). 200 was found
+        by trial. For the cosine schedule and T = 1000 v is about 1/t up to t = 300, and w is 1 up
+        to t = 4, 0.08 near t = 93, and 1 again from t = 494.
+
+        With all of w in p(t) the first t would be rare and the gradient noisy; with all of it in
+        the factor the steps would go to t that hardly count. This is made for predict="noise":
+        ‖x̂_θ − x_0‖² is ‖ε̂_θ − ε‖² / snr(t), so that for "image" t is weighed already.
 
         The n times are spread evenly over their distribution, from one random start: the loss is
         less noisy than with independent draws ("Variational Diffusion Models", arXiv 2107.00630).
@@ -288,13 +291,13 @@ class DDPM(nn.Module):
         return torch.searchsorted(self.t_cdf, u % 1, right=True).clamp(max=self.T)
 
     def loss(self, x_0: Tensor) -> Tensor:
-        """‖ε̂_θ(x_t) − ε‖² (§2.5) or, with predict="image", ‖x̂_θ(x_t) − x_0‖² (§2.4).
+        """‖ε̂_θ(x_t) − ε‖² (§2.5) or, with predict="image", ‖x̂_θ(x_t) − x_0‖² (§2.4), times √w(t).
 
         The boxes "Training DDPM using ε̂_θ" and "Training Algorithm for DDPM", up to the gradient
         step, for a batch of images: a scalar, the mean over the images and their pixels. (The
         second box prints ᾱ_t x_0 where (2.11) has √ᾱ_t x_0.) In the ELBO each t has a factor of its
         own (see `elbo`). The boxes drop it, which costs some likelihood and gives better pictures
-        (arXiv 2006.11239, section 3.4); t_sampling="snr" has another one (see `draw_t`).
+        (arXiv 2006.11239, section 3.4): w(t) = 1, except for t_sampling="snr" (see `draw_t`).
         """
         t = self.draw_t(len(x_0))
         noise = torch.randn_like(x_0)

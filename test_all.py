@@ -322,29 +322,35 @@ def pixel_ddpm(T, predict="noise"):
 
 
 class TestLoss(Test):
-    def weight(self):
-        """w(t) of `draw_t` for t = 1, …, 20 of the cosine schedule, with its v(t) by way of (2.43):
-        the factor of ‖x̂ − x_0‖² there, times that of (x̂ − x_0)² over (ε̂ − ε)²."""
-        alpha = cosine_alphas(20)
-        alpha_bar = alpha.cumprod(0)
+    def weight(self, alpha):
+        """w(t) of `draw_t` for t = 1, …, T, with its v(t) by way of (2.43): the weight of
+        ‖x̂ − x_0‖² there times (x̂ − x_0)² / (ε̂ − ε)² = 1/snr."""
+        T, alpha_bar = len(alpha), alpha.cumprod(0)
         prev = torch.cat([torch.ones(1), alpha_bar[:-1]])
         variance = (1 - alpha) * (1 - prev) / (1 - alpha_bar)  # 0 at t = 1, where v is infinite
         factor = (1 - alpha) ** 2 * prev / (2 * variance * (1 - alpha_bar) ** 2)
         odds = (1 - alpha_bar) / alpha_bar
-        return (odds + 20 / 200 * factor * odds).clamp(max=1)
+        return (odds + T / 200 * factor * odds).clamp(max=1)
 
     def test_how_much_each_t_counts(self):
-        # A network that is wrong by e(t) for every pixel of the image 0. p(t) and the factor of the
-        # loss are one root of w(t) each. No randomness is left: draws of t are evenly spread.
-        w, e = self.weight(), torch.linspace(5, -4, 20).double()
-        self.assertTrue(w[0] == w[-1] == 1 and w[1] < 0.2, w)
-        ddpm = DDPM(lambda x, t: e[t - 1].view(-1, 1, 1, 1).expand_as(x).float(), (1, 2, 2), 20,
-                    predict="image", t_sampling="snr")
-        self.assertClose(ddpm.loss(torch.zeros(100_000, 1, 2, 2)).double(),
-                         (w * e**2).sum() / w.sqrt().sum(), rtol=1e-3)
+        # A network that is wrong by e(t) in every pixel, for images that are 0. p(t) and the factor
+        # of the loss are one root of w(t) each. Draws are evenly spread: no randomness is left.
+        for alpha, predict in ((cosine_alphas(20), "image"), (linear_alphas(50), "noise")):
+            T, std = len(alpha), (1 - alpha.cumprod(0)).sqrt()
+            w, e = self.weight(alpha), torch.linspace(5, -4, T).double()
+            self.assertTrue(w[0] == w[-1] == 1 and w.min() < 0.2, w)
+
+            def denoiser(x, t):
+                truth = 0 * x if predict == "image" else x / std[t - 1].view(-1, 1, 1, 1)
+                return (truth + e[t - 1].view(-1, 1, 1, 1)).float()
+
+            ddpm = DDPM(denoiser, (1, 2, 2), T, alpha, predict, "snr")
+            self.assertClose(ddpm.loss(torch.zeros(100_000, 1, 2, 2)).double(),
+                             (w * e**2).sum() / w.sqrt().sum(), rtol=1e-3)
 
     def test_how_often_each_t_is_drawn(self):
-        for t_sampling, rate in (("uniform", torch.ones(20)), ("snr", self.weight().sqrt())):
+        for t_sampling, rate in (("uniform", torch.ones(20)),
+                                 ("snr", self.weight(cosine_alphas(20)).sqrt())):
             seen = []
             ddpm = DDPM(lambda x, t: seen.append(t) or x, (1, 1, 1), 20, t_sampling=t_sampling)
             for n in (1, 3, 20_000):
@@ -580,11 +586,13 @@ class TestUNet(Test):
         expected = torch.cat([x, *[part for z in waves for part in (z.imag, z.real)]], dim=1)
         self.assertClose(network.fourier_features(x, (3, 5)), expected, atol=1e-4)
         self.assertSame(network.fourier_features(x, ()), x)
-        unet = UNet(3, 8, (1,), fourier=(3, 5), attention=())
+        unet, seen = UNet(3, 8, (1,), fourier=(3, 5), attention=()), []
+        unet.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         self.assertEqual(unet(x, torch.ones(2)).shape, x.shape)
+        self.assertSame(seen[0], network.fourier_features(x, (3, 5)))
 
     def test_fourier_features_pass_bfloat16(self):
-        # Near −1 it has steps of 2⁻⁸: two x closer than half of that are one to the plain network.
+        # There −0.9961 and −0.9951 are the same number, −1 + 2⁻⁸: not to the waves.
         x = torch.full((1, 1, 8, 8), -0.9961)
         for fourier, differ in ((), False), ((5,), True):
             unet = self.random(UNet(1, 8, (1,), attention=(), fourier=fourier))
@@ -650,8 +658,8 @@ class TestUNet(Test):
                           dict(channels=0), dict(channels=32.5), dict(blocks=0), dict(blocks=1.5),
                           dict(multipliers=()), dict(multipliers=(1, 0)),
                           dict(multipliers=(1, 2.5)), dict(attention=(3,)), dict(attention=(-1,)),
-                          dict(dropout=1.0), dict(dropout=math.nan), dict(fourier=(9,)),
-                          dict(fourier=(0.5,))):
+                          dict(dropout=1.0), dict(dropout=math.nan),
+                          dict(fourier=(9,)), dict(fourier=(-1,)), dict(fourier=(0.5,))):
             value = next(iter(arguments.values()))
             with self.assertRaisesRegex(ValueError, re.escape(str(value))):
                 UNet(**arguments)

@@ -7,7 +7,9 @@
 Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on the way. One loop
 serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the loss
 (§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM using ε̂_θ"; version 3,
-January 2025). The rest is what most code of the field does to train a network.
+January 2025). The rest is what most code of the field does to train a network. Two defaults are
+not the paper's, a weight for each t (`DDPM.draw_t`) and the U-Net's Fourier features:
+`--t-sampling uniform --fourier` does without.
 """
 import argparse
 import contextlib

@@ -37,10 +37,11 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 def fourier_features(x: Tensor, frequencies: Sequence[int]) -> Tensor:
     """x beside sin(2ⁿπx) and cos(2ⁿπx) for each n: (B, C, H, W) -> (B, (1 + 2N) C, H, W).
 
-    At small t the network has to see noise of σ_1 = 0.006 on pixels in [-1, 1], and the norms of
-    its first block take from x any gain that it learns. The waves bring a gain of 2ⁿπ: 100 for
-    n = 5. And bfloat16, which rounds an x near −1 to steps of 2⁻⁸ = 0.004, does not harm them: they
-    are computed before it ("Variational Diffusion Models", arXiv 2107.00630).
+    At small t the network has to see noise of standard deviation √(1 − ᾱ_1), 0.006 for the cosine
+    schedule and T = 1000, on pixels in [-1, 1]. A stem with a large gain would not help: the next
+    norm divides by it. A pair of waves has the gain 2ⁿπ at every x, 100 for n = 5 ("Variational
+    Diffusion Models", arXiv 2107.00630, with n = 7 and 8). And they are computed in x's own
+    precision, where bfloat16 rounds an x near −1 to steps of 0.004 above it and 0.008 below.
     """
     waves = [wave(2**n * math.pi * x) for n in frequencies for wave in (torch.sin, torch.cos)]
     return torch.cat([x, *waves], dim=1)
