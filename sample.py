@@ -232,7 +232,7 @@ def read_checkpoint(path: Path) -> dict:
     try:
         expected = shapes(plan_model(state["config"]).state_dict())
         wrong = (shapes(state["model"]) ^ expected) | (shapes(state["ema"]) ^ expected)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint of train.py ({error})") from error
     if wrong:
         raise ValueError(f"{path}: the weights {min(wrong)[0]} are missing, or have another shape "

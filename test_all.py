@@ -899,6 +899,8 @@ class TestCheckpoint(FileTest):
                 ("decoder_std", {**self.state, "config": {k: v for k, v in
                                                           self.state["config"].items()
                                                           if k != "decoder_std"}}),
+                ("latent_dim", {**self.state, "config": {**self.state["config"],
+                                                         "latent_dim": 0}}),
                 ("ema", {k: v for k, v in self.state.items() if k != "ema"})):
             sample.save(self.path, state)
             self.assertRefused(expected)
