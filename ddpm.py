@@ -27,6 +27,7 @@ if __name__ == "__main__":  # torch can do without NumPy, and so can this file
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
@@ -110,8 +111,7 @@ class DDPM(nn.Module):
         schedule: "linear", "cosine", or a tensor (T,) of α_1, …, α_T with 0 < α_t < 1.
         predict: what the network's output is: the "noise" ε̂_θ(x_t) (§2.5) or the "image"
             x̂_θ(x_t) (§2.4).
-        t_sampling: how training draws and weighs t, "uniform" as in the paper or "snr": see
-            `draw_t`.
+        t_sampling: how training draws t, "uniform" as in the paper or "snr": see `draw_t`.
 
     Wherever a method takes t it is an int, for the whole batch, or a (B,) integer tensor, with
     1 ≤ t ≤ T. Means and variances come back ready to broadcast against (B, C, H, W). Bad arguments
@@ -149,15 +149,15 @@ class DDPM(nn.Module):
                 alphas = SCHEDULES[schedule](T)
             self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), alphas])
             self.alpha_bar = self.alpha.cumprod(0)
-            # √w(t) of `draw_t`, and p(t) summed up: P(t ≤ 0) = 0, P(t ≤ 1), …, P(t ≤ T) = 1.
+            # p(t) of `draw_t`, summed up: P(t ≤ 0) = 0, P(t ≤ 1), …, P(t ≤ T) = 1.
             noise = 1 - self.alpha_bar
-            w = torch.ones(T + 1, dtype=torch.float64)
+            p = torch.ones(T + 1, dtype=torch.float64)
             if t_sampling == "snr":
+                snr = (self.alpha_bar / noise)[1:]
                 v = 0.5 * (noise[1:] / (self.alpha[1:] * noise[:-1]) - 1)  # v(1) = ∞: 1 − ᾱ_0 = 0
-                w[1:] = (noise / self.alpha_bar)[1:] + T / 200 * v
-            w[0] = 0
-            self.root_w = w.clamp(max=1).sqrt()
-            self.t_cdf = self.root_w.cumsum(0) / self.root_w.sum()
+                p[1:] = torch.minimum(1 / snr + T / 200 * v, 10 * snr + 0.1).clamp(max=1)
+            p[0] = 0
+            self.t_cdf = p.cumsum(0) / p.sum()
 
     def _check(self, t: int | Tensor, *images: Tensor) -> Tensor:
         """t as an index into the tables: () for an int, else (B, 1, 1, 1). ValueError unless all
@@ -268,21 +268,21 @@ class DDPM(nn.Module):
     def draw_t(self, n: int) -> Tensor:
         """t ~ Uniform[1, T] (§2.4, (2.47)): n of them, (n,) int64 on the CPU.
 
-        With t_sampling="snr" t counts w(t): it is drawn with p(t) ∝ √w(t), and `loss` has the
-        other √w(t) as a factor.
+        With t_sampling="snr" instead
 
-            w(t) = min(1, 1/snr(t) + T/200 · v(t)),    v(t) = ½ [snr(t − 1) / snr(t) − 1]
+            p(t) ∝ min(1, 1/snr(t) + T/200 · v(t), 10 snr(t) + 0.1)
+            v(t) = ½ [snr(t − 1) / snr(t) − 1]
 
-        with snr(t) = ᾱ_t / (1 − ᾱ_t). 1/snr is for the pictures: an x_t with more signal than noise
-        counts less ("Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv
-        2303.09556; our γ is 1). v is for the likelihood: for t ≥ 2 it is the weight of
-        ‖ε̂_θ − ε‖² in the ELBO, which is that of ‖x̂_θ − x_0‖² in (2.43) over snr(t). 200 was found
-        by trial. For the cosine schedule and T = 1000 v is about 1/t up to t = 300, and w is 1 up
-        to t = 4, 0.08 near t = 93, and 1 again from t = 494.
-
-        With all of w in p(t) the first t would be rare and the gradient noisy; with all of it in
-        the factor the steps would go to t that hardly count. This is made for predict="noise":
-        ‖x̂_θ − x_0‖² is ‖ε̂_θ − ε‖² / snr(t), so that for "image" t is weighed already.
+        with snr(t) = ᾱ_t / (1 − ᾱ_t): most steps go to the middle of the chain, where a picture
+        takes shape. 1/snr: with more signal than noise in x_t little is left to decide ("Efficient
+        Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556, has it as a factor of
+        the loss). 10 snr: in almost pure noise nothing can be decided yet ("Elucidating the Design
+        Space of Diffusion-Based Generative Models", arXiv 2206.00364, draws few t at either end).
+        v is for the likelihood: for t ≥ 2 it is the weight of ‖ε̂_θ − ε‖² in the ELBO, which is that
+        of ‖x̂_θ − x_0‖² in (2.43) over snr(t). For the cosine schedule it is about 1/t up to 0.3 T,
+        so that the first few t are drawn as often as those in the middle. The numbers were found
+        by trial. All this is for predict="noise": ‖x̂_θ − x_0‖² is ‖ε̂_θ − ε‖² / snr(t), so that for
+        "image" each t has a weight already.
 
         The n times are spread evenly over their distribution, from one random start: the loss is
         less noisy than with independent draws ("Variational Diffusion Models", arXiv 2107.00630).
@@ -291,20 +291,19 @@ class DDPM(nn.Module):
         return torch.searchsorted(self.t_cdf, u % 1, right=True).clamp(max=self.T)
 
     def loss(self, x_0: Tensor) -> Tensor:
-        """‖ε̂_θ(x_t) − ε‖² (§2.5) or, with predict="image", ‖x̂_θ(x_t) − x_0‖² (§2.4), times √w(t).
+        """‖ε̂_θ(x_t) − ε‖² (§2.5) or, with predict="image", ‖x̂_θ(x_t) − x_0‖² (§2.4).
 
         The boxes "Training DDPM using ε̂_θ" and "Training Algorithm for DDPM", up to the gradient
         step, for a batch of images: a scalar, the mean over the images and their pixels. (The
         second box prints ᾱ_t x_0 where (2.11) has √ᾱ_t x_0.) In the ELBO each t has a factor of its
         own (see `elbo`). The boxes drop it, which costs some likelihood and gives better pictures
-        (arXiv 2006.11239, section 3.4): w(t) = 1, except for t_sampling="snr" (see `draw_t`).
+        (arXiv 2006.11239, section 3.4).
         """
         t = self.draw_t(len(x_0))
         noise = torch.randn_like(x_0)
         x_t = self.q_sample(x_0, t, noise)
         target = noise if self.predict == "noise" else x_0
-        factor, = _like(x_0, self.root_w[t].view(-1, 1, 1, 1))
-        return (factor * (self._denoise(x_t, t) - target).square()).mean()
+        return F.mse_loss(self._denoise(x_t, t), target)
 
     forward = loss  # a module is called through forward, for example by DistributedDataParallel
 

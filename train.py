@@ -8,7 +8,7 @@ Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on 
 serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the loss
 (§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM using ε̂_θ"; version 3,
 January 2025). The rest is what most code of the field does to train a network. Two defaults are
-not the paper's, a weight for each t (`DDPM.draw_t`) and the U-Net's Fourier features:
+not the paper's, how t is drawn (`DDPM.draw_t`) and the U-Net's Fourier features:
 `--t-sampling uniform --fourier` does without.
 """
 import argparse
@@ -456,7 +456,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
     add("--predict", "what the U-Net predicts", choices=["noise", "image"])
-    add("--t-sampling", "how training draws and weighs t: uniform is the paper's",
+    add("--t-sampling", "how training draws t: uniform is the paper's",
         choices=["uniform", "snr"])
     add("--channels", "width of the network's first level", type=width)
     add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
