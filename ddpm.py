@@ -276,7 +276,7 @@ class DDPM(nn.Module):
         with snr(t) = ᾱ_t / (1 − ᾱ_t): most steps go to the middle of the chain, where a picture
         takes shape. 1/snr: with more signal than noise in x_t little is left to decide ("Efficient
         Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556, has it as a factor of
-        the loss). 10 snr: in almost pure noise nothing can be decided yet ("Elucidating the Design
+        the loss). 10 snr: in almost pure noise little can be decided yet ("Elucidating the Design
         Space of Diffusion-Based Generative Models", arXiv 2206.00364, draws few t at either end).
         v is for the likelihood: for t ≥ 2 it is the weight of ‖ε̂_θ − ε‖² in the ELBO, which is that
         of ‖x̂_θ − x_0‖² in (2.43) over snr(t). For the cosine schedule it is about 1/t up to 0.3 T,

@@ -456,8 +456,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
     add("--predict", "what the U-Net predicts", choices=["noise", "image"])
-    add("--t-sampling", "how training draws t: uniform is the paper's",
-        choices=["uniform", "snr"])
+    add("--t-sampling", "how training draws t: uniform is the paper's", choices=["uniform", "snr"])
     add("--channels", "width of the network's first level", type=width)
     add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
         nargs="+", metavar="M")
