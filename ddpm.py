@@ -109,8 +109,8 @@ class DDPM(nn.Module):
         image_shape: (C, H, W).
         T: length of the chain, at least 2.
         schedule: "linear", "cosine", or a tensor (T,) of α_1, …, α_T with 0 < α_t < 1.
-        predict: what the network's output is: the "noise" ε̂_θ(x_t) (§2.5) or the "image"
-            x̂_θ(x_t) (§2.4).
+        predict: what the network's output is: the "noise" ε̂_θ(x_t) (§2.5), the "image" x̂_θ(x_t)
+            (§2.4) or, not in the paper, the "velocity" √ᾱ_t ε̂_θ(x_t) − √(1 − ᾱ_t) x̂_θ(x_t).
         t_sampling: how training draws t, "uniform" as in the paper or "snr": see `draw_t`.
 
     Wherever a method takes t it is an int, for the whole batch, or a (B,) integer tensor, with
@@ -135,8 +135,9 @@ class DDPM(nn.Module):
         elif schedule not in list(SCHEDULES):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, or a tensor, "
                              f"got {schedule!r}")
-        if predict not in ("noise", "image"):
-            raise ValueError(f"predict must be 'noise' or 'image', got {predict!r}")
+        if predict not in ("noise", "image", "velocity"):
+            raise ValueError("predict must be 'noise', 'image' or 'velocity', "
+                             f"got {predict!r}")
         if t_sampling not in ("uniform", "snr"):
             raise ValueError(f"t_sampling must be 'uniform' or 'snr', got {t_sampling!r}")
         self.denoiser, self.image_shape = denoiser, tuple(image_shape)
@@ -150,12 +151,11 @@ class DDPM(nn.Module):
             self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), alphas])
             self.alpha_bar = self.alpha.cumprod(0)
             # p(t) of `draw_t`, summed up: P(t ≤ 0) = 0, P(t ≤ 1), …, P(t ≤ T) = 1.
-            noise = 1 - self.alpha_bar
             p = torch.ones(T + 1, dtype=torch.float64)
             if t_sampling == "snr":
-                snr = (self.alpha_bar / noise)[1:]
-                v = 0.5 * (noise[1:] / (self.alpha[1:] * noise[:-1]) - 1)  # v(1) = ∞: 1 − ᾱ_0 = 0
-                p[1:] = torch.minimum(1 / snr + T / 200 * v, 10 * snr + 0.1).clamp(max=1)
+                snr = self.alpha_bar / (1 - self.alpha_bar)  # snr(0) = ∞
+                w = 0.5 * (snr[:-1] - snr[1:]) * (1 - self.alpha_bar[1:])
+                p[1:] = torch.minimum(1 / snr[1:] + T / 200 * w, 10 * snr[1:] + 0.1).clamp(max=1)
             p[0] = 0
             self.t_cdf = p.cumsum(0) / p.sum()
 
@@ -240,18 +240,30 @@ class DDPM(nn.Module):
         return output.to(x_t.dtype)
 
     def predict_x0(self, x_t: Tensor, t: int | Tensor, clip: bool = False) -> Tensor:
-        """x̂_θ(x_t); for a noise network (x_t − √(1 − ᾱ_t) ε̂_θ(x_t)) / √ᾱ_t, which is (2.11) solved
-        for x_0. With clip it is brought back into [-1, 1], where every x_0 is."""
+        """x̂_θ(x_t). With clip it is brought back into [-1, 1], where every x_0 is.
+
+            predict="noise"       x̂_θ = (x_t − √(1 − ᾱ_t) ε̂_θ) / √ᾱ_t,    (2.11) solved for x_0
+            predict="velocity"    x̂_θ = √ᾱ_t x_t − √(1 − ᾱ_t) v̂_θ
+
+        The velocity v_t = √ᾱ_t ε − √(1 − ᾱ_t) x_0 is that of "Progressive Distillation for Fast
+        Sampling of Diffusion Models" (arXiv 2202.00512): at small t the noise, at large t minus the
+        image, always what x_t does not show. In almost pure noise √ᾱ_t ≈ 0 divides the error of
+        ε̂_θ, x̂_θ is as random as x_t, and DDIM without fresh noise never forgets what its first
+        steps took for the image. There −v̂_θ learns the mean of all images.
+        """
         output = self._denoise(x_t, t)
+        signal, std = self._roots(t, x_t)
         if self.predict == "noise":
-            signal, std = self._roots(t, x_t)
             output = (x_t - std * output) / signal
+        elif self.predict == "velocity":
+            output = signal * x_t - std * output
         return output.clamp(-1, 1) if clip else output
 
     def predict_noise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """ε̂_θ(x_t); for an image network (x_t − √ᾱ_t x̂_θ(x_t)) / √(1 − ᾱ_t)."""
-        output = self._denoise(x_t, t)
-        return output if self.predict == "noise" else self.noise_between(output, x_t, t)
+        """ε̂_θ(x_t); for the other networks (x_t − √ᾱ_t x̂_θ(x_t)) / √(1 − ᾱ_t)."""
+        if self.predict == "noise":
+            return self._denoise(x_t, t)
+        return self.noise_between(self.predict_x0(x_t, t), x_t, t)
 
     def noise_between(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), the noise that leads from x_0 to x_t ((2.11))."""
@@ -270,19 +282,19 @@ class DDPM(nn.Module):
 
         With t_sampling="snr" instead
 
-            p(t) ∝ min(1, 1/snr(t) + T/200 · v(t), 10 snr(t) + 0.1)
-            v(t) = ½ [snr(t − 1) / snr(t) − 1]
+            p(t) ∝ min(1, 1/snr(t) + T/200 · w(t), 10 snr(t) + 0.1)
+            w(t) = ½ [snr(t − 1) − snr(t)] (1 − ᾱ_t)
 
         with snr(t) = ᾱ_t / (1 − ᾱ_t): most steps go to the middle of the chain, where a picture
         takes shape. 1/snr: with more signal than noise in x_t little is left to decide ("Efficient
         Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556, has it as a factor of
         the loss). 10 snr: in almost pure noise little can be decided yet ("Elucidating the Design
         Space of Diffusion-Based Generative Models", arXiv 2206.00364, draws few t at either end).
-        v is for the likelihood: for t ≥ 2 it is the weight of ‖ε̂_θ − ε‖² in the ELBO, which is that
-        of ‖x̂_θ − x_0‖² in (2.43) over snr(t). For the cosine schedule it is about 1/t up to 0.3 T,
+        w is for the likelihood: it is the weight of ‖v̂_θ − v_t‖² in the ELBO, which is that of
+        ‖x̂_θ − x_0‖² in (2.43) times 1 − ᾱ_t. For the cosine schedule it is about 1/t up to 0.3 T,
         so that the first few t are drawn as often as those in the middle. The numbers were found
-        by trial. All this is for predict="noise": ‖x̂_θ − x_0‖² is ‖ε̂_θ − ε‖² / snr(t), so that for
-        "image" each t has a weight already.
+        by trial. All this is for predict="velocity": with "noise" or "image" the same p(t) gives
+        each t another weight (see `loss`).
 
         The n times are spread evenly over their distribution, from one random start: the loss is
         less noisy than with independent draws ("Variational Diffusion Models", arXiv 2107.00630).
@@ -291,7 +303,8 @@ class DDPM(nn.Module):
         return torch.searchsorted(self.t_cdf, u % 1, right=True).clamp(max=self.T)
 
     def loss(self, x_0: Tensor) -> Tensor:
-        """‖ε̂_θ(x_t) − ε‖² (§2.5) or, with predict="image", ‖x̂_θ(x_t) − x_0‖² (§2.4).
+        """‖ε̂_θ(x_t) − ε‖² (§2.5); with predict="image" ‖x̂_θ(x_t) − x_0‖² (§2.4); with "velocity"
+        ‖v̂_θ(x_t) − v_t‖², which is ‖ε̂_θ(x_t) − ε‖² / ᾱ_t and ‖x̂_θ(x_t) − x_0‖² / (1 − ᾱ_t).
 
         The boxes "Training DDPM using ε̂_θ" and "Training Algorithm for DDPM", up to the gradient
         step, for a batch of images: a scalar, the mean over the images and their pixels. (The
@@ -302,8 +315,9 @@ class DDPM(nn.Module):
         t = self.draw_t(len(x_0))
         noise = torch.randn_like(x_0)
         x_t = self.q_sample(x_0, t, noise)
-        target = noise if self.predict == "noise" else x_0
-        return F.mse_loss(self._denoise(x_t, t), target)
+        signal, std = self._roots(t, x_0)
+        target = {"noise": noise, "image": x_0, "velocity": signal * noise - std * x_0}
+        return F.mse_loss(self._denoise(x_t, t), target[self.predict])
 
     forward = loss  # a module is called through forward, for example by DistributedDataParallel
 
@@ -509,9 +523,9 @@ class ExactDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         alpha_bar = self.alpha_bar[t[0]]
         x0_hat = self.expected_x0(x_t, alpha_bar)
-        if self.predict == "image":
-            return x0_hat
-        return (x_t - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
+        noise_hat = (x_t - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
+        return {"image": x0_hat, "noise": noise_hat, "velocity":
+                alpha_bar.sqrt() * noise_hat - (1 - alpha_bar).sqrt() * x0_hat}[self.predict]
 
 
 def exact_ddpm(T: int = 200, predict: str = "noise", schedule: str | Tensor | None = None,

@@ -323,14 +323,15 @@ def pixel_ddpm(T, predict="noise"):
 
 class TestLoss(Test):
     def rate(self, alpha):
-        """p(t) of `draw_t` for t = 1, …, T, but for a factor, with its v(t) by way of (2.43): the
-        weight of ‖x̂ − x_0‖² there times (x̂ − x_0)² / (ε̂ − ε)² = 1/snr."""
+        """p(t) of `draw_t` for t = 1, …, T, but for a factor, with its w(t) by way of (2.43): the
+        weight of ‖x̂ − x_0‖² there times (x̂ − x_0)² / (v̂ − v)² = 1 − ᾱ_t."""
         T, alpha_bar = len(alpha), alpha.cumprod(0)
         prev = torch.cat([torch.ones(1), alpha_bar[:-1]])
-        variance = (1 - alpha) * (1 - prev) / (1 - alpha_bar)  # 0 at t = 1, where v is infinite
+        variance = (1 - alpha) * (1 - prev) / (1 - alpha_bar)  # 0 at t = 1, where w is infinite
         weight = (1 - alpha) ** 2 * prev / (2 * variance * (1 - alpha_bar) ** 2)
         odds = (1 - alpha_bar) / alpha_bar
-        return torch.minimum(odds + T / 200 * weight * odds, 10 / odds + 0.1).clamp(max=1)
+        low, high = odds + T / 200 * weight * (1 - alpha_bar), 10 / odds + 0.1
+        return torch.minimum(low, high).clamp(max=1)
 
     def test_how_often_each_t_is_drawn(self):
         for schedule, t_sampling, rate in (
@@ -360,6 +361,20 @@ class TestLoss(Test):
         self.assertClose(image.loss(x_0), 0.25)
         self.assertAlmostEqual(noise.loss(x_0).item(), 1, delta=5 * (2 / 80_000) ** 0.5)
 
+    def test_a_velocity_is_an_image_and_a_noise(self):
+        # Any network, as a velocity: what it says of x_0 and of ε leads to its x_t, and its loss is
+        # the error of either, over 1 − ᾱ_t and over ᾱ_t.
+        seen = []
+        ddpm = DDPM(lambda x, t: seen.append((x, t)) or x.sin(), (1, 2, 2), predict="velocity")
+        x_0 = torch.rand(500, 1, 2, 2, dtype=torch.float64) * 2 - 1
+        loss, (x_t, t) = ddpm.loss(x_0), seen[0]
+        a_bar = ddpm.alpha_bar[t].view(-1, 1, 1, 1)
+        x0_hat, noise_hat = ddpm.predict_x0(x_t, t), ddpm.predict_noise(x_t, t)
+        self.assertClose(a_bar.sqrt() * x0_hat + (1 - a_bar).sqrt() * noise_hat, x_t)
+        self.assertClose(((x0_hat - x_0) ** 2 / (1 - a_bar)).mean(), loss)
+        noise = (x_t - a_bar.sqrt() * x_0) / (1 - a_bar).sqrt()
+        self.assertClose(((noise_hat - noise) ** 2 / a_bar).mean(), loss)
+
     def test_the_exact_denoiser_minimises_it(self):
         # The least mean squared error is E Var[x_0 | x_t]; any other estimate adds its square.
         ddpm = pixel_ddpm(50)
@@ -375,7 +390,7 @@ class TestMixture(Test):
     """With the exact denoiser of a mixture the whole of section 2 has known answers."""
 
     def test_score_is_the_gradient_of_log_p_t(self):
-        for predict in ("image", "noise"):
+        for predict in ("image", "noise", "velocity"):
             ddpm = pixel_ddpm(100, predict)
             for t in (1, 20, 100):
                 x = torch.linspace(-1, 1, 21, dtype=torch.float64).requires_grad_()
@@ -385,7 +400,8 @@ class TestMixture(Test):
                 self.assertClose(score.flatten(), gradient, rtol=1e-5)
 
     def test_the_reverse_chain_draws_from_the_mixture(self):
-        for predict, sampler in (("image", {}), ("noise", {"steps": 500, "eta": 0.0})):
+        for predict, sampler in (("image", {}), ("noise", {"steps": 500, "eta": 0.0}),
+                                 ("velocity", {"steps": 500, "eta": 0.0})):
             ddpm = pixel_ddpm(4000, predict)
             x = ddpm.sample(20_000, generator=torch.Generator().manual_seed(1), **sampler).flatten()
             left = x < 0  # 0 is 5 σ from one mean and 4 σ from the other
@@ -506,7 +522,7 @@ class TestMeta(Test):
     so does any value that the host would have to wait for."""
 
     def test_ddpm(self):
-        for predict in ("noise", "image"):
+        for predict in ("noise", "image", "velocity"):
             ddpm = DDPM(UNet(1, 8, (1, 2), attention=()), (1, 8, 8), 10, predict=predict).to("meta")
             x = torch.zeros(3, 1, 8, 8, device="meta")
             for t in (5, torch.tensor([1, 5, 10])):

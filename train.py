@@ -7,9 +7,9 @@
 Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on the way. One loop
 serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the loss
 (§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM using ε̂_θ"; version 3,
-January 2025). The rest is what most code of the field does to train a network. Two defaults are
-not the paper's, how t is drawn (`DDPM.draw_t`) and the U-Net's Fourier features:
-`--t-sampling uniform --fourier` does without.
+January 2025). The rest is what most code of the field does to train a network. Three defaults are
+not the paper's: what the U-Net predicts (`DDPM.predict_x0`), how t is drawn (`DDPM.draw_t`) and the
+U-Net's Fourier features. `--predict noise --t-sampling uniform --fourier` does without.
 """
 import argparse
 import contextlib
@@ -48,8 +48,8 @@ from vae import VAE
 # The options that --model brings with it, and their defaults.
 DEFAULTS = {
     "ddpm": dict(steps=6400, batch_size=32, lr=2e-3, seed=0, timesteps=1000, schedule="cosine",
-                 predict="noise", t_sampling="snr", channels=16, multipliers=[1, 2, 4], blocks=1,
-                 attention=[2], dropout=0.0, fourier=[3, 5]),
+                 predict="velocity", t_sampling="snr", channels=16, multipliers=[1, 2, 4],
+                 blocks=1, attention=[2], dropout=0.0, fourier=[3, 5]),
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
                 channels=16),
 }
@@ -455,7 +455,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--resume", "go on with the run in --out", action="store_true")
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
-    add("--predict", "what the U-Net predicts", choices=["noise", "image"])
+    add("--predict", "what the U-Net predicts", choices=["noise", "image", "velocity"])
     add("--t-sampling", "how training draws t: uniform is the paper's", choices=["uniform", "snr"])
     add("--channels", "width of the network's first level", type=width)
     add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
