@@ -67,6 +67,30 @@ def posterior_variance(alpha: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor)
     return (1 - alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
 
 
+def snr_rate(alpha_bar: Tensor) -> Tensor:
+    """How often training draws each t with t_sampling="snr" (see `DDPM.draw_t`), from ᾱ_0, …, ᾱ_T:
+
+        rate(t) = min(1, 1/snr(t) + T/200 · w(t), 10 snr(t) + 0.1),      snr(t) = ᾱ_t / (1 − ᾱ_t)
+        w(t) = ½ [snr(t − 1) − snr(t)] (1 − ᾱ_t)
+
+    for t = 1, …, T: (T,). It is 1 in the middle of the chain, where a picture takes shape.
+
+    1/snr: with more signal than noise in x_t little is left to decide. "Efficient Diffusion
+    Training via Min-SNR Weighting Strategy" (arXiv 2303.09556) weighs the loss in this way.
+    10 snr: in almost pure noise little can be decided yet. "Elucidating the Design Space of
+    Diffusion-Based Generative Models" (arXiv 2206.00364) draws few t at either end, too.
+    w: for t ≥ 2 it is the weight of ‖v̂_θ − v_t‖² in the ELBO, that of ‖x̂_θ − x_0‖² in (2.43) times
+    1 − ᾱ_t. For the cosine schedule it is about 1/t up to 0.3 T, so that each of the first T/200
+    times, which weigh most, is drawn as often as one in the middle. So is t = 1: w(1) = ∞.
+
+    The three numbers were found by trial, for predict="velocity". With "noise" or "image" the same
+    rate gives each t another weight (see `DDPM.loss`).
+    """
+    snr, T = alpha_bar / (1 - alpha_bar), len(alpha_bar) - 1  # snr(0) = ∞
+    w = 0.5 * (snr[:-1] - snr[1:]) * (1 - alpha_bar[1:])
+    return torch.minimum(1 / snr[1:] + T / 200 * w, 10 * snr[1:] + 0.1).clamp(max=1)
+
+
 def log_ndtr(x: Tensor) -> Tensor:
     """log Φ(x), elementwise; on the CPU for a device that can't (Apple's mps)."""
     try:
@@ -110,7 +134,7 @@ class DDPM(nn.Module):
         T: length of the chain, at least 2.
         schedule: "linear", "cosine", or a tensor (T,) of α_1, …, α_T with 0 < α_t < 1.
         predict: what the network's output is: the "noise" ε̂_θ(x_t) (§2.5), the "image" x̂_θ(x_t)
-            (§2.4) or, not in the paper, the "velocity" √ᾱ_t ε̂_θ(x_t) − √(1 − ᾱ_t) x̂_θ(x_t).
+            (§2.4) or, not in the paper, the "velocity" v̂_θ(x_t): see `predict_x0`.
         t_sampling: how training draws t, "uniform" as in the paper or "snr": see `draw_t`.
 
     Wherever a method takes t it is an int, for the whole batch, or a (B,) integer tensor, with
@@ -151,13 +175,9 @@ class DDPM(nn.Module):
             self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), alphas])
             self.alpha_bar = self.alpha.cumprod(0)
             # p(t) of `draw_t`, summed up: P(t ≤ 0) = 0, P(t ≤ 1), …, P(t ≤ T) = 1.
-            p = torch.ones(T + 1, dtype=torch.float64)
-            if t_sampling == "snr":
-                snr = self.alpha_bar / (1 - self.alpha_bar)  # snr(0) = ∞
-                w = 0.5 * (snr[:-1] - snr[1:]) * (1 - self.alpha_bar[1:])
-                p[1:] = torch.minimum(1 / snr[1:] + T / 200 * w, 10 * snr[1:] + 0.1).clamp(max=1)
-            p[0] = 0
-            self.t_cdf = p.cumsum(0) / p.sum()
+            rate = snr_rate(self.alpha_bar) if t_sampling == "snr" else torch.ones(T).double()
+            cdf = F.pad(rate.cumsum(0), (1, 0))
+            self.t_cdf = cdf / cdf[-1]
 
     def _check(self, t: int | Tensor, *images: Tensor) -> Tensor:
         """t as an index into the tables: () for an int, else (B, 1, 1, 1). ValueError unless all
@@ -242,14 +262,15 @@ class DDPM(nn.Module):
     def predict_x0(self, x_t: Tensor, t: int | Tensor, clip: bool = False) -> Tensor:
         """x̂_θ(x_t). With clip it is brought back into [-1, 1], where every x_0 is.
 
-            predict="noise"       x̂_θ = (x_t − √(1 − ᾱ_t) ε̂_θ) / √ᾱ_t,    (2.11) solved for x_0
-            predict="velocity"    x̂_θ = √ᾱ_t x_t − √(1 − ᾱ_t) v̂_θ
+            predict="noise"       (x_t − √(1 − ᾱ_t) ε̂_θ(x_t)) / √ᾱ_t,     which is (2.11) for x_0
+            predict="velocity"    √ᾱ_t x_t − √(1 − ᾱ_t) v̂_θ(x_t)
 
-        The velocity v_t = √ᾱ_t ε − √(1 − ᾱ_t) x_0 is that of "Progressive Distillation for Fast
-        Sampling of Diffusion Models" (arXiv 2202.00512): at small t the noise, at large t minus the
-        image, always what x_t does not show. In almost pure noise √ᾱ_t ≈ 0 divides the error of
-        ε̂_θ, x̂_θ is as random as x_t, and DDIM without fresh noise never forgets what its first
-        steps took for the image. There −v̂_θ learns the mean of all images.
+        The velocity v_t = √ᾱ_t ε − √(1 − ᾱ_t) x_0 ("v-prediction", from "Progressive Distillation
+        for Fast Sampling of Diffusion Models", arXiv 2202.00512) is the derivative by φ of x_t =
+        cos φ x_0 + sin φ ε, where cos φ = √ᾱ_t. So (x_t, v_t) is (x_0, ε) turned by φ, and turning
+        it back takes no division. Towards t = 0 it is the noise, towards T minus the image. There
+        √ᾱ_t ≈ 0, and x̂_θ by way of ε̂_θ is little but the error of ε̂_θ divided by it. DDIM without
+        fresh noise never forgets such a beginning. By way of v̂_θ x̂_θ is close to the mean image.
         """
         output = self._denoise(x_t, t)
         signal, std = self._roots(t, x_t)
@@ -280,27 +301,13 @@ class DDPM(nn.Module):
     def draw_t(self, n: int) -> Tensor:
         """t ~ Uniform[1, T] (§2.4, (2.47)): n of them, (n,) int64 on the CPU.
 
-        With t_sampling="snr" instead
-
-            p(t) ∝ min(1, 1/snr(t) + T/200 · w(t), 10 snr(t) + 0.1)
-            w(t) = ½ [snr(t − 1) − snr(t)] (1 − ᾱ_t)
-
-        with snr(t) = ᾱ_t / (1 − ᾱ_t): most steps go to the middle of the chain, where a picture
-        takes shape. 1/snr: with more signal than noise in x_t little is left to decide ("Efficient
-        Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556, has it as a factor of
-        the loss). 10 snr: in almost pure noise little can be decided yet ("Elucidating the Design
-        Space of Diffusion-Based Generative Models", arXiv 2206.00364, draws few t at either end).
-        w is for the likelihood: it is the weight of ‖v̂_θ − v_t‖² in the ELBO, which is that of
-        ‖x̂_θ − x_0‖² in (2.43) times 1 − ᾱ_t. For the cosine schedule it is about 1/t up to 0.3 T,
-        so that the first few t are drawn as often as those in the middle. The numbers were found
-        by trial. All this is for predict="velocity": with "noise" or "image" the same p(t) gives
-        each t another weight (see `loss`).
+        With t_sampling="snr" p(t) is `snr_rate` instead, up to a factor.
 
         The n times are spread evenly over their distribution, from one random start: the loss is
         less noisy than with independent draws ("Variational Diffusion Models", arXiv 2107.00630).
         """
         u = torch.rand(1, dtype=torch.float64, device="cpu") + torch.arange(n, device="cpu") / n
-        return torch.searchsorted(self.t_cdf, u % 1, right=True).clamp(max=self.T)
+        return torch.searchsorted(self.t_cdf, u % 1, right=True)
 
     def loss(self, x_0: Tensor) -> Tensor:
         """‖ε̂_θ(x_t) − ε‖² (§2.5); with predict="image" ‖x̂_θ(x_t) − x_0‖² (§2.4); with "velocity"
@@ -403,8 +410,8 @@ class DDPM(nn.Module):
 
             μ_θ = x_t / √α_t  −  (1 − α_t) / (√(1 − ᾱ_t) √α_t) · ε̂_θ(x_t)
 
-        Clipping x̂_θ comes from the code of arXiv 2006.11239: at large t the division by √ᾱ_t
-        magnifies the network's error, and one step outside [-1, 1] misleads all later ones.
+        Clipping x̂_θ comes from the code of arXiv 2006.11239: one step outside [-1, 1] misleads all
+        later ones, and at large t a noise network's error is divided by √ᾱ_t.
         """
         return self.q_posterior(x_t, self.predict_x0(x_t, t, clip), t)
 
@@ -495,8 +502,8 @@ class DDPM(nn.Module):
 
 
 class ExactDenoiser(nn.Module):
-    """The best denoiser there is, E[x_0 | x_t] or E[ε | x_t], for images of one pixel drawn from a
-    mixture of Gaussians, p(x_0) = Σ_k π_k N(μ_k, σ_k²): by default the one of Ex. 2.1.
+    """The best denoiser there is, E[x_0 | x_t], E[ε | x_t] or E[v_t | x_t], for images of one pixel
+    drawn from a mixture of Gaussians, p(x_0) = Σ_k π_k N(μ_k, σ_k²): by default the one of Ex. 2.1.
 
     Every t of a batch must be the same.
     """
@@ -522,10 +529,11 @@ class ExactDenoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         alpha_bar = self.alpha_bar[t[0]]
+        signal, std = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         x0_hat = self.expected_x0(x_t, alpha_bar)
-        noise_hat = (x_t - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
-        return {"image": x0_hat, "noise": noise_hat, "velocity":
-                alpha_bar.sqrt() * noise_hat - (1 - alpha_bar).sqrt() * x0_hat}[self.predict]
+        noise_hat = (x_t - signal * x0_hat) / std
+        return {"noise": noise_hat, "image": x0_hat,
+                "velocity": signal * noise_hat - std * x0_hat}[self.predict]
 
 
 def exact_ddpm(T: int = 200, predict: str = "noise", schedule: str | Tensor | None = None,

@@ -8,8 +8,8 @@ Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on 
 serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the loss
 (§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM using ε̂_θ"; version 3,
 January 2025). The rest is what most code of the field does to train a network. Three defaults are
-not the paper's: what the U-Net predicts (`DDPM.predict_x0`), how t is drawn (`DDPM.draw_t`) and the
-U-Net's Fourier features. `--predict noise --t-sampling uniform --fourier` does without.
+not the paper's: what the U-Net predicts (`DDPM.predict_x0`), how t is drawn (`snr_rate`) and the
+U-Net's Fourier features. `--predict noise --t-sampling uniform --fourier` does without them.
 """
 import argparse
 import contextlib
@@ -83,6 +83,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     images, test: uint8 (N, C, H, W). Raises OSError if a file can't be written, and
     FloatingPointError before a row or a checkpoint would hold a nan or inf.
     """
+    # 0.99: the second moment is a mean over 100 steps, not 1,000, of a few thousand in all.
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
     ema = AveragedModel(model).eval()
     step = 0
@@ -455,7 +456,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--resume", "go on with the run in --out", action="store_true")
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
     add("--schedule", "of alpha_t", choices=list(SCHEDULES))
-    add("--predict", "what the U-Net predicts", choices=["noise", "image", "velocity"])
+    add("--predict", "what the U-Net predicts: noise and image are the paper's",
+        choices=["noise", "image", "velocity"])
     add("--t-sampling", "how training draws t: uniform is the paper's", choices=["uniform", "snr"])
     add("--channels", "width of the network's first level", type=width)
     add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
@@ -464,8 +466,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--attention", "levels with attention; 0 is full resolution", nargs="*", metavar="LEVEL",
         type=number(int, 0, 10**9))
     add("--dropout", "in the residual blocks", type=number(float, 0, 0.999))
-    add("--fourier", "the network also sees sin and cos of 2^N pi x for each N", nargs="*",
-        metavar="N", type=number(int, 0, 8))
+    add("--fourier", "the network also sees sin and cos of 2^n pi x for each n", nargs="*",
+        metavar="n", type=number(int, 0, 8))
     add("--latent-dim", "length of z", type=width)
     add("--decoder-std", "sigma of p(x|z), for pixels in [-1, 1], or the word learned",
         type=std)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The denoiser, x̂_θ(x_t) of §2.4 or ε̂_θ(x_t) of §2.5 in version 3, January 2025, of the tutorial
-(arXiv 2403.18103).
+(arXiv 2403.18103), or the velocity v̂_θ(x_t) of ddpm.py: whichever it is trained to be.
 
 The tutorial leaves the network open: anything that maps a noisy image x_t and its time t to an
 image of the same shape will do. This is the U-Net of "Denoising Diffusion Probabilistic Models"
 (arXiv 2006.11239), drawn for multipliers = (1, 2, 4):
 
-    x_t ─ stem ─ level 0 ──────────── skips ───────────── level 0 ─ head ─ x̂ or ε̂   H   × W
+    x_t ─ stem ─ level 0 ──────────── skips ───────────── level 0 ─ head ─ output    H   × W
                     └ ½ ─ level 1 ─── skips ─── level 1 ─ ×2 ┘                       H/2 × W/2
                              └ ½ ─ level 2 ─ skips ─ level 2 ─ ×2 ┘                  H/4 × W/4
                                       └── middle ──┘
@@ -34,8 +34,8 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def fourier_features(x: Tensor, frequencies: Sequence[int]) -> Tensor:
-    """x beside sin(2ⁿπx) and cos(2ⁿπx) for each n: (B, C, H, W) -> (B, (1 + 2N) C, H, W).
+def fourier_features(x: Tensor, exponents: Sequence[int]) -> Tensor:
+    """x beside sin(2ⁿπx) and cos(2ⁿπx) for each n of N: (B, C, H, W) -> (B, (1 + 2N) C, H, W).
 
     At small t the network has to see noise of standard deviation √(1 − ᾱ_1), 0.006 for the cosine
     schedule and T = 1000, on pixels in [-1, 1]. A stem with a large gain would not help: the next
@@ -43,7 +43,7 @@ def fourier_features(x: Tensor, frequencies: Sequence[int]) -> Tensor:
     Diffusion Models", arXiv 2107.00630, with n = 7 and 8). And they are computed in x's own
     precision, where bfloat16 rounds an x near −1 to steps of 0.004 above it and 0.008 below.
     """
-    waves = [wave(2**n * math.pi * x) for n in frequencies for wave in (torch.sin, torch.cos)]
+    waves = [wave(2**n * math.pi * x) for n in exponents for wave in (torch.sin, torch.cos)]
     return torch.cat([x, *waves], dim=1)
 
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """ε̂_θ(x_t, t) or x̂_θ(x_t, t): x_t (B, C, H, W) and t (B,) -> (B, C, H, W).
+    """x̂_θ, ε̂_θ or v̂_θ: x_t (B, C, H, W) and t (B,) -> (B, C, H, W).
 
     H and W must be divisible by 2^(levels − 1), where levels = len(multipliers).
 
