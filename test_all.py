@@ -487,20 +487,22 @@ class TestElbo(Test):
             self.assertClose(terms["prior_matching"], prior)
 
     def test_estimate_from_k_times_is_unbiased(self):
-        # With x̂_θ = 0 the sum is ½ ‖x_0‖² [snr(1) − snr(T)], and here every t has an equal share:
-        # an estimate that draws t evenly from all of 2..T has no variance at all.
-        snr = torch.tensor([4.0, 3, 2, 1])
+        # With x̂_θ = 0 the sum is ½ ‖x_0‖² [snr(1) − snr(T)], and here the share of each t is as 1/t:
+        # an estimate that draws t in that proportion from 2..T has no variance at all.
+        snr = torch.tensor([14.0, 8, 4, 1])
         alphas = torch.cat([torch.ones(1), snr / (1 + snr)])
         ddpm = DDPM(lambda x, t: 0 * x, (1, 2, 2), 4, alphas[1:] / alphas[:-1], "image")
         x_0 = torch.rand(20_000, 1, 2, 2) * 2 - 1
-        exact = 0.5 * x_0.square().sum((1, 2, 3)) * (4 - 1)
+        exact = 0.5 * x_0.square().sum((1, 2, 3)) * (14 - 1)
         self.assertClose(ddpm.elbo(x_0)["consistency"], exact, rtol=1e-5)
         self.assertClose(ddpm.elbo(x_0, k=3)["consistency"], exact, rtol=1e-5)
-        seen = []  # and all of 2..T are drawn equally often
+        seen = []  # and they are drawn that often
         ddpm.denoiser = lambda x, t: seen.append(t) or 0 * x
         ddpm.elbo(x_0, k=1)
         counts = torch.bincount(seen[-1], minlength=5)[2:].double()
-        self.assertLess((counts - 20_000 / 3).abs().max().item(), 5 * (20_000 * 2 / 9) ** 0.5)
+        p = torch.tensor([6.0, 4, 3]) / 13
+        error = (counts - 20_000 * p) / (20_000 * p * (1 - p)).sqrt()
+        self.assertLess(error.abs().max().item(), 5)
 
     def test_the_terms_go_by_their_names(self):
         for model in (DDPM(lambda x, t: x, (1, 8, 8), 10), VAE((1, 8, 8))):
