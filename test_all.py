@@ -487,7 +487,7 @@ class TestElbo(Test):
             self.assertClose(terms["prior_matching"], prior)
 
     def test_estimate_from_k_times_is_unbiased(self):
-        # With x̂_θ = 0 the sum is ½ ‖x_0‖² [snr(1) − snr(T)], and here the share of each t is as 1/t:
+        # With x̂_θ = 0 the sum is ½ ‖x_0‖² [snr(1) − snr(T)], and each t has a share ∝ 1/t:
         # an estimate that draws t in that proportion from 2..T has no variance at all.
         snr = torch.tensor([14.0, 8, 4, 1])
         alphas = torch.cat([torch.ones(1), snr / (1 + snr)])
