@@ -262,15 +262,15 @@ class DDPM(nn.Module):
     def predict_x0(self, x_t: Tensor, t: int | Tensor, clip: bool = False) -> Tensor:
         """x̂_θ(x_t). With clip it is brought back into [-1, 1], where every x_0 is.
 
-            predict="noise"       (x_t − √(1 − ᾱ_t) ε̂_θ(x_t)) / √ᾱ_t,     which is (2.11) for x_0
+            predict="noise"       (x_t − √(1 − ᾱ_t) ε̂_θ(x_t)) / √ᾱ_t,    (2.11) solved for x_0
             predict="velocity"    √ᾱ_t x_t − √(1 − ᾱ_t) v̂_θ(x_t)
 
         The velocity v_t = √ᾱ_t ε − √(1 − ᾱ_t) x_0 ("v-prediction", from "Progressive Distillation
         for Fast Sampling of Diffusion Models", arXiv 2202.00512) is the derivative by φ of x_t =
         cos φ x_0 + sin φ ε, where cos φ = √ᾱ_t. So (x_t, v_t) is (x_0, ε) turned by φ, and turning
         it back takes no division. Towards t = 0 it is the noise, towards T minus the image. There
-        √ᾱ_t ≈ 0, and x̂_θ by way of ε̂_θ is little but the error of ε̂_θ divided by it. DDIM without
-        fresh noise never forgets such a beginning. By way of v̂_θ x̂_θ is close to the mean image.
+        √ᾱ_t ≈ 0, and by way of ε̂_θ x̂_θ is little but the error of ε̂_θ divided by it, a beginning
+        that DDIM without fresh noise never forgets. By way of v̂_θ it is close to the mean image.
         """
         output = self._denoise(x_t, t)
         signal, std = self._roots(t, x_t)
