@@ -81,7 +81,7 @@ def snr_rate(alpha_bar: Tensor) -> Tensor:
     Diffusion-Based Generative Models" (arXiv 2206.00364) draws few t at either end, too.
     w: for t ≥ 2 it is the weight of ‖v̂_θ − v_t‖² in the ELBO, that of ‖x̂_θ − x_0‖² in (2.43) times
     1 − ᾱ_t. For the cosine schedule it is about 1/t up to 0.3 T, so that each of the first T/200
-    times, which weigh most, is drawn as often as one in the middle. So is t = 1: w(1) = ∞.
+    times, which weigh most, is drawn about as often as one in the middle. So is t = 1: w(1) = ∞.
 
     The three numbers were found by trial, for predict="velocity". With "noise" or "image" the same
     rate gives each t another weight (see `DDPM.loss`).
@@ -281,10 +281,18 @@ class DDPM(nn.Module):
         return output.clamp(-1, 1) if clip else output
 
     def predict_noise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """ε̂_θ(x_t); for the other networks (x_t − √ᾱ_t x̂_θ(x_t)) / √(1 − ᾱ_t)."""
-        if self.predict == "noise":
-            return self._denoise(x_t, t)
-        return self.noise_between(self.predict_x0(x_t, t), x_t, t)
+        """ε̂_θ(x_t).
+
+            predict="image"       (x_t − √ᾱ_t x̂_θ(x_t)) / √(1 − ᾱ_t),    (2.11) solved for ε
+            predict="velocity"    √(1 − ᾱ_t) x_t + √ᾱ_t v̂_θ(x_t)
+        """
+        output = self._denoise(x_t, t)
+        signal, std = self._roots(t, x_t)
+        if self.predict == "image":
+            output = (x_t - signal * output) / std
+        elif self.predict == "velocity":
+            output = std * x_t + signal * output
+        return output
 
     def noise_between(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), the noise that leads from x_0 to x_t ((2.11))."""
@@ -378,12 +386,12 @@ class DDPM(nn.Module):
         if k is None:
             times, rate = range(2, self.T + 1), torch.ones(self.T + 1, device="cpu")
         else:
-            odds = 1 / torch.arange(self.T + 1, device="cpu")
+            odds = 1 / torch.arange(self.T + 1, dtype=torch.float64, device="cpu")
             odds[:2] = 0
             rate = k * odds / odds.sum()
-            times = torch.multinomial(
-                odds.to(generator.device if generator else "cpu"), k * len(x_0), replacement=True,
-                generator=generator).view(k, -1).cpu()
+            u = torch.rand(k, len(x_0), generator=generator,
+                           device=generator.device if generator else "cpu")
+            times = torch.searchsorted(rate.cumsum(0), k * u.cpu().double(), right=True)
         consistency = torch.zeros_like(reconstruction)
         for t in times:
             alpha, alpha_bar, alpha_bar_prev = self._scalars(t, x_0)

@@ -370,6 +370,8 @@ class TestLoss(Test):
         loss, (x_t, t) = ddpm.loss(x_0), seen[0]
         a_bar = ddpm.alpha_bar[t].view(-1, 1, 1, 1)
         x0_hat, noise_hat = ddpm.predict_x0(x_t, t), ddpm.predict_noise(x_t, t)
+        self.assertGreater(x0_hat.max(), 1)
+        self.assertClose(ddpm.predict_x0(x_t, t, clip=True), x0_hat.clamp(-1, 1))
         self.assertClose(a_bar.sqrt() * x0_hat + (1 - a_bar).sqrt() * noise_hat, x_t)
         self.assertClose(((x0_hat - x_0) ** 2 / (1 - a_bar)).mean(), loss)
         noise = (x_t - a_bar.sqrt() * x_0) / (1 - a_bar).sqrt()
@@ -503,6 +505,10 @@ class TestElbo(Test):
         p = torch.tensor([6.0, 4, 3]) / 13
         error = (counts - 20_000 * p) / (20_000 * p * (1 - p)).sqrt()
         self.assertLess(error.abs().max().item(), 5)
+        ddpm.denoiser = lambda x, t: x
+        self.assertSame(*(ddpm.elbo(x_0, k=1, generator=torch.Generator().manual_seed(1))
+                          for _ in range(2)))
+        self.assertEqual(ddpm.elbo(x_0[:0], k=3)["consistency"].shape, (0,))
 
     def test_the_terms_go_by_their_names(self):
         for model in (DDPM(lambda x, t: x, (1, 8, 8), 10), VAE((1, 8, 8))):
@@ -535,8 +541,9 @@ class TestMeta(Test):
                           ddpm.noise_between(x, x, t), ddpm.score(x, t)):
                     self.assertEqual((y.shape, y.device.type), (x.shape, "meta"))
             ddpm.loss(x).backward()
-            for terms in (ddpm.elbo(x), ddpm.elbo(x, k=2)):
-                self.assertEqual(ddpm.bits_per_dim(x, terms).shape, (3,))
+            with torch.device("meta"):  # a default device of the user's
+                for terms in (ddpm.elbo(x), ddpm.elbo(x, k=2)):
+                    self.assertEqual(ddpm.bits_per_dim(x, terms).shape, (3,))
             for steps in (None, 4):
                 self.assertEqual(ddpm.sample(3, steps).shape, x.shape)
 
