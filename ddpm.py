@@ -70,25 +70,27 @@ def posterior_variance(alpha: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor)
 def snr_rate(alpha_bar: Tensor) -> Tensor:
     """How often training draws each t with t_sampling="snr" (see `DDPM.draw_t`), from ᾱ_0, …, ᾱ_T:
 
-        rate(t) = min(1, 1/snr(t) + T/200 · w(t), 10 snr(t) + 0.1),      snr(t) = ᾱ_t / (1 − ᾱ_t)
-        w(t) = ½ [snr(t − 1) − snr(t)] (1 − ᾱ_t)
+        rate(t) = min(1, 1/snr(t), 10 snr(t) + 0.1) + min(3, T/200 · w(t)),   t = 1, …, T: (T,)
 
-    for t = 1, …, T: (T,). It is 1 in the middle of the chain, where a picture takes shape.
+        snr(t) = ᾱ_t / (1 − ᾱ_t),      w(t) = ½ [snr(t − 1) − snr(t)] (1 − ᾱ_t)
 
-    1/snr: with more signal than noise in x_t little is left to decide. "Efficient Diffusion
-    Training via Min-SNR Weighting Strategy" (arXiv 2303.09556) weighs the loss in this way.
-    10 snr: in almost pure noise little can be decided yet. "Elucidating the Design Space of
-    Diffusion-Based Generative Models" (arXiv 2206.00364) draws few t at either end, too.
-    w: for t ≥ 2 it is the weight of ‖v̂_θ − v_t‖² in the ELBO, that of ‖x̂_θ − x_0‖² in (2.43) times
-    1 − ᾱ_t. For the cosine schedule it is about 1/t up to 0.3 T, so that each of the first T/200
-    times, which weigh most, is drawn about as often as one in the middle. So is t = 1: w(1) = ∞.
+    The first term is for the pictures, which take shape in the middle of the chain, where it is 1.
+    With more signal than noise in x_t little is left to decide: "Efficient Diffusion Training via
+    Min-SNR Weighting Strategy" (arXiv 2303.09556) weighs the loss by 1/snr there. In almost pure
+    noise little can be decided yet: "Elucidating the Design Space of Diffusion-Based Generative
+    Models" (arXiv 2206.00364) draws few t at either end, too.
 
-    The three numbers were found by trial, for predict="velocity". With "noise" or "image" the same
-    rate gives each t another weight (see `DDPM.loss`).
+    The second term is for the likelihood: for t ≥ 2 w is the weight of ‖v̂_θ − v_t‖² in the ELBO,
+    that of ‖x̂_θ − x_0‖² in (2.43) times 1 − ᾱ_t. For the cosine schedule it is about 1/t up to
+    0.3 T, and one draw in 18 is due to it, half of these at t ≤ T/40. The 3 is for t = 1: w(1) = ∞.
+
+    The numbers were found by trial, for predict="velocity". With "noise" or "image" the same rate
+    gives each t another weight (see `DDPM.loss`).
     """
     snr, T = alpha_bar / (1 - alpha_bar), len(alpha_bar) - 1  # snr(0) = ∞
     w = 0.5 * (snr[:-1] - snr[1:]) * (1 - alpha_bar[1:])
-    return torch.minimum(1 / snr[1:] + T / 200 * w, 10 * snr[1:] + 0.1).clamp(max=1)
+    pictures = torch.minimum(1 / snr[1:], 10 * snr[1:] + 0.1).clamp(max=1)
+    return pictures + (T / 200 * w).clamp(max=3)
 
 
 def log_ndtr(x: Tensor) -> Tensor:
