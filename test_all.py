@@ -330,8 +330,8 @@ class TestLoss(Test):
         variance = (1 - alpha) * (1 - prev) / (1 - alpha_bar)  # 0 at t = 1, where w is infinite
         weight = (1 - alpha) ** 2 * prev / (2 * variance * (1 - alpha_bar) ** 2)
         odds = (1 - alpha_bar) / alpha_bar
-        low, high = odds + T / 200 * weight * (1 - alpha_bar), 10 / odds + 0.1
-        return torch.minimum(low, high).clamp(max=1)
+        likelihood = (T / 200 * weight * (1 - alpha_bar)).clamp(max=3)
+        return torch.minimum(odds, 10 / odds + 0.1).clamp(max=1) + likelihood
 
     def test_how_often_each_t_is_drawn(self):
         for schedule, t_sampling, rate in (
@@ -352,6 +352,10 @@ class TestLoss(Test):
             for t in torch.stack(seen, dim=1):  # each image meets all of them
                 counts = torch.bincount(t, minlength=T + 1)[1:]
                 self.assertTrue(((counts - expected).abs() < 5 * expected.sqrt()).all(), counts)
+
+    def test_the_least_random_number_draws_t_1(self):
+        with mock.patch.object(torch, "rand", torch.zeros):
+            self.assertEqual(DDPM(None, (1, 1, 1), 8).draw_t(8).tolist(), list(range(1, 9)))
 
     def test_value_for_a_known_denoiser(self):
         # A network that says 0 is wrong by ‖ε‖²/D = 1 on average, or by ‖x_0‖²/D.
@@ -1136,7 +1140,7 @@ class TestEndToEnd(CommandTest):
         for model, options in train.DEFAULTS.items():
             for name, value in options.items():
                 self.assertIn("--" + name.replace("_", "-"), text)
-                value = " ".join(map(str, value)) if isinstance(value, list) else value
+                value = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
                 self.assertIn(f"{value} for {model}", text)
         self.assertIn("(default: data/mnist)", text)
         self.assertEqual(text.count("(default: auto)"), 2)

@@ -47,9 +47,9 @@ from vae import VAE
 
 # The options that --model brings with it, and their defaults.
 DEFAULTS = {
-    "ddpm": dict(steps=6400, batch_size=32, lr=2e-3, seed=0, timesteps=1000, schedule="cosine",
+    "ddpm": dict(steps=7000, batch_size=32, lr=3e-3, seed=0, timesteps=1000, schedule="cosine",
                  predict="velocity", t_sampling="snr", channels=16, multipliers=[1, 2, 4],
-                 blocks=1, attention=[2], dropout=0.0, fourier=[3, 5]),
+                 blocks=1, attention=[], dropout=0.0, fourier=[3, 5]),
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
                 channels=16),
 }
@@ -426,8 +426,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
         defaults = {model: options[key] for model, options in DEFAULTS.items() if key in options}
         if defaults:
             help += " (default: " + ", ".join(
-                f"{' '.join(map(str, value)) if isinstance(value, list) else value} for {model}"
-                for model, value in defaults.items()) + ")"
+                (" ".join(map(str, value)) or "none" if isinstance(value, list) else str(value))
+                + f" for {model}" for model, value in defaults.items()) + ")"
         elif CHANGEABLE.get(key):
             help += f" (default: {CHANGEABLE[key]})"
         group.add_argument(name, help=help, **kwargs)
@@ -463,8 +463,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
         nargs="+", metavar="M")
     add("--blocks", "residual blocks a level", type=number(int, 1, 1000))
-    add("--attention", "levels with attention; 0 is full resolution", nargs="*", metavar="LEVEL",
-        type=number(int, 0, 10**9))
+    add("--attention", "levels with attention, beside the middle; 0 is full resolution",
+        nargs="*", metavar="LEVEL", type=number(int, 0, 10**9))
     add("--dropout", "in the residual blocks", type=number(float, 0, 0.999))
     add("--fourier", "the network also sees sin and cos of 2^n pi x for each n", nargs="*",
         metavar="n", type=number(int, 0, 8))

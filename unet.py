@@ -121,7 +121,7 @@ class UNet(nn.Module):
 
     def __init__(self, image_channels: int = 1, channels: int = 16,
                  multipliers: Sequence[int] = (1, 2, 4), blocks: int = 1,
-                 attention: Sequence[int] = (2,), dropout: float = 0.0,
+                 attention: Sequence[int] = (), dropout: float = 0.0,
                  fourier: Sequence[int] = ()):
         super().__init__()
         if not isinstance(image_channels, int) or image_channels < 1:
