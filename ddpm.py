@@ -68,29 +68,33 @@ def posterior_variance(alpha: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor)
 
 
 def snr_rate(alpha_bar: Tensor) -> Tensor:
-    """How often training draws each t with t_sampling="snr" (see `DDPM.draw_t`), from ᾱ_0, …, ᾱ_T:
+    """How often training draws t with t_sampling="snr", up to a factor (see `DDPM.draw_t`): from
+    ᾱ_0, …, ᾱ_T, for t = 1, …, T, (T,).
 
-        rate(t) = min(1, 1/snr(t), 10 snr(t) + 0.1) + min(3, T/200 · w(t)),   t = 1, …, T: (T,)
+        rate(t) = min(1, 1/snr(t), 10 snr(t) + 0.1) + T/200 · min(0.6, w(t))
 
-        snr(t) = ᾱ_t / (1 − ᾱ_t),      w(t) = ½ [snr(t − 1) − snr(t)] (1 − ᾱ_t)
+        snr(t) = ᾱ_t / (1 − ᾱ_t),      w(t) = ½ [(1 − ᾱ_t) / (1 − ᾱ_{t−1}) − 1]
 
-    The first term is for the pictures, which take shape in the middle of the chain, where it is 1.
-    With more signal than noise in x_t little is left to decide: "Efficient Diffusion Training via
-    Min-SNR Weighting Strategy" (arXiv 2303.09556) weighs the loss by 1/snr there. In almost pure
-    noise little can be decided yet: "Elucidating the Design Space of Diffusion-Based Generative
-    Models" (arXiv 2206.00364) draws few t at either end, too.
+    The first term is for the pictures. It is 1 where they take shape (for the cosine schedule from
+    T/2 to 0.8 T) and falls towards both ends: with more signal than noise in x_t little is left to
+    decide, and in almost pure noise little can be decided yet. "Efficient Diffusion Training via
+    Min-SNR Weighting Strategy" (arXiv 2303.09556) weighs ‖ε̂_θ − ε‖² by min(1, 5/snr), "Elucidating
+    the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364) draws few noise levels
+    at either end.
 
-    The second term is for the likelihood: for t ≥ 2 w is the weight of ‖v̂_θ − v_t‖² in the ELBO,
-    that of ‖x̂_θ − x_0‖² in (2.43) times 1 − ᾱ_t. For the cosine schedule it is about 1/t up to
-    0.3 T, and one draw in 18 is due to it, half of these at t ≤ T/40. The 3 is for t = 1: w(1) = ∞.
+    The second term is for the likelihood. In the ELBO ‖v̂_θ − v_t‖² has the weight w(t), if t ≥ 2:
+    that of ‖x̂_θ − x_0‖² in (2.43) times 1 − ᾱ_t. It is half the growth of the noise's variance in
+    step t, about 1/t, and capped since w(1) = ∞. With the cosine schedule and T = 1000 one draw in
+    18 is due to this term, half of these at t ≤ 25.
 
     The numbers were found by trial, for predict="velocity". With "noise" or "image" the same rate
     gives each t another weight (see `DDPM.loss`).
     """
-    snr, T = alpha_bar / (1 - alpha_bar), len(alpha_bar) - 1  # snr(0) = ∞
-    w = 0.5 * (snr[:-1] - snr[1:]) * (1 - alpha_bar[1:])
-    pictures = torch.minimum(1 / snr[1:], 10 * snr[1:] + 0.1).clamp(max=1)
-    return pictures + (T / 200 * w).clamp(max=3)
+    noise, T = 1 - alpha_bar, len(alpha_bar) - 1
+    snr = alpha_bar[1:] / noise[1:]
+    w = 0.5 * (noise[1:] / noise[:-1] - 1)  # w(1) = ∞: noise[0] = 0
+    pictures = torch.minimum(1 / snr, 10 * snr + 0.1).clamp(max=1)
+    return pictures + T / 200 * w.clamp(max=0.6)
 
 
 def log_ndtr(x: Tensor) -> Tensor:
@@ -327,7 +331,8 @@ class DDPM(nn.Module):
         step, for a batch of images: a scalar, the mean over the images and their pixels. (The
         second box prints ᾱ_t x_0 where (2.11) has √ᾱ_t x_0.) In the ELBO each t has a factor of its
         own (see `elbo`). The boxes drop it, which costs some likelihood and gives better pictures
-        (arXiv 2006.11239, section 3.4).
+        (arXiv 2006.11239, section 3.4). How often t is drawn is a factor, too: `snr_rate` gives
+        some of the likelihood back.
         """
         t = self.draw_t(len(x_0))
         noise = torch.randn_like(x_0)
@@ -358,9 +363,9 @@ class DDPM(nn.Module):
         numbers). Bayes' rule (2.20) turns the first arrow round: Thm 2.4 needs only one random x_t.
 
         Each expectation is taken from one sample. The sum is over every t, one after the other;
-        with k it is estimated, without bias, from k random t for each image, with P(t) ∝ 1/t: for a
-        trained network t from 2 to 4 costs about as many nats as from 64 to 128. x̂_θ is clipped
-        unless clip=False, as in the chain whose likelihood this bounds.
+        with k it is estimated, without bias, from k random t for each image, with P(t) ∝ 1/t, about
+        the weight of ‖v̂_θ − v_t‖² (see `snr_rate`). x̂_θ is clipped unless clip=False, as in the
+        chain whose likelihood this bounds.
         """
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1, got {k}")

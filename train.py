@@ -425,9 +425,10 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
         key = name[2:].replace("-", "_")
         defaults = {model: options[key] for model, options in DEFAULTS.items() if key in options}
         if defaults:
+            texts = {model: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+                     for model, value in defaults.items()}
             help += " (default: " + ", ".join(
-                (" ".join(map(str, value)) or "none" if isinstance(value, list) else str(value))
-                + f" for {model}" for model, value in defaults.items()) + ")"
+                f"{text or 'none'} for {model}" for model, text in texts.items()) + ")"
         elif CHANGEABLE.get(key):
             help += f" (default: {CHANGEABLE[key]})"
         group.add_argument(name, help=help, **kwargs)
@@ -463,7 +464,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
         nargs="+", metavar="M")
     add("--blocks", "residual blocks a level", type=number(int, 1, 1000))
-    add("--attention", "levels with attention, beside the middle; 0 is full resolution",
+    add("--attention", "levels with attention; 0 is full resolution. The middle always has it",
         nargs="*", metavar="LEVEL", type=number(int, 0, 10**9))
     add("--dropout", "in the residual blocks", type=number(float, 0, 0.999))
     add("--fourier", "the network also sees sin and cos of 2^n pi x for each n", nargs="*",

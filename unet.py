@@ -13,6 +13,7 @@ image of the same shape will do. This is the U-Net of "Denoising Diffusion Proba
 
 Every level is `blocks` residual blocks on the way down and `blocks` + 1 on the way up; each block
 on the way up also reads one output of the way down (the skips). All of them are told the time t.
+The middle attends to the whole image, and so do the levels named in `attention`.
 """
 import math
 from collections.abc import Sequence
@@ -107,8 +108,8 @@ class UNet(nn.Module):
         channels: width of level 0, a multiple of 4.
         multipliers: level i is channels · multipliers[i] wide and has 1/2^i of the resolution.
         blocks: residual blocks a level on the way down (one more on the way up).
-        attention: the levels whose blocks end in self-attention, which costs (H·W)² at each; the
-            middle always has one.
+        attention: the levels whose blocks end in self-attention, which costs (H·W)² at each; that
+            of the middle's first block is always there.
         dropout: probability inside the residual blocks.
         fourier: the n of `fourier_features`, whole numbers from 0 to 8.
 
