@@ -71,12 +71,12 @@ def snr_rate(alpha_bar: Tensor) -> Tensor:
     """How often training draws t with t_sampling="snr", up to a factor (see `DDPM.draw_t`): from
     ᾱ_0, …, ᾱ_T, for t = 1, …, T, (T,).
 
-        rate(t) = min(1, 1/snr(t), 10 snr(t) + 0.1) + T/200 · min(0.6, w(t))
+        rate(t) = min(1, 1/snr(t)², 30 snr(t) + 0.1) + T/200 · min(0.6, w(t))
 
         snr(t) = ᾱ_t / (1 − ᾱ_t),      w(t) = ½ [(1 − ᾱ_t) / (1 − ᾱ_{t−1}) − 1]
 
     The first term is for the pictures. It is 1 where they take shape (for the cosine schedule from
-    T/2 to 0.8 T) and falls towards both ends: with more signal than noise in x_t little is left to
+    T/2 to 0.89 T) and falls towards both ends: with more signal than noise in x_t little is left to
     decide, and in almost pure noise little can be decided yet. "Efficient Diffusion Training via
     Min-SNR Weighting Strategy" (arXiv 2303.09556) weighs ‖ε̂_θ − ε‖² by min(1, 5/snr), "Elucidating
     the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364) draws few noise levels
@@ -85,7 +85,7 @@ def snr_rate(alpha_bar: Tensor) -> Tensor:
     The second term is for the likelihood. In the ELBO ‖v̂_θ − v_t‖² has the weight w(t), if t ≥ 2:
     that of ‖x̂_θ − x_0‖² in (2.43) times 1 − ᾱ_t. It is half the growth of the noise's variance in
     step t, about 1/t, and capped since w(1) = ∞. With the cosine schedule and T = 1000 one draw in
-    18 is due to this term, half of these at t ≤ 25.
+    18 is due to this term, half of these at t ≤ 26.
 
     The numbers were found by trial, for predict="velocity". With "noise" or "image" the same rate
     gives each t another weight (see `DDPM.loss`).
@@ -93,7 +93,7 @@ def snr_rate(alpha_bar: Tensor) -> Tensor:
     noise, T = 1 - alpha_bar, len(alpha_bar) - 1
     snr = alpha_bar[1:] / noise[1:]
     w = 0.5 * (noise[1:] / noise[:-1] - 1)  # w(1) = ∞: noise[0] = 0
-    pictures = torch.minimum(1 / snr, 10 * snr + 0.1).clamp(max=1)
+    pictures = torch.minimum(1 / snr**2, 30 * snr + 0.1).clamp(max=1)
     return pictures + T / 200 * w.clamp(max=0.6)
 
 

@@ -331,7 +331,7 @@ class TestLoss(Test):
         weight = (1 - alpha) ** 2 * prev / (2 * variance * (1 - alpha_bar) ** 2)
         odds = (1 - alpha_bar) / alpha_bar
         likelihood = T / 200 * (weight * (1 - alpha_bar)).clamp(max=0.6)
-        return torch.minimum(odds, 10 / odds + 0.1).clamp(max=1) + likelihood
+        return torch.minimum(odds**2, 30 / odds + 0.1).clamp(max=1) + likelihood
 
     def test_how_often_each_t_is_drawn(self):
         for schedule, t_sampling, rate in (
