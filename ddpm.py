@@ -36,8 +36,8 @@ def linear_alphas(T: int) -> Tensor:
     """α_1, …, α_T as a float64 (T,): 1 − α_t grows linearly.
 
     From 1e-4 to 0.02 for T = 1000, as in arXiv 2006.11239. For other T both ends are scaled by
-    1000/T: this keeps ᾱ_T ≈ exp(−Σ (1 − α_t)), and x_T is white noise for every T. (Below T = 21
-    the last values would pass 1 and are held at 0.999.)
+    1000/T: this keeps Σ (1 − α_t) at 10, and so ᾱ_T below e⁻¹⁰: x_T is white noise. (Up to T = 20
+    the last values would reach 1 or pass it, and are held at 0.999.)
     """
     scale = 1000 / T
     return 1 - torch.linspace(1e-4 * scale, 0.02 * scale, T, dtype=torch.float64).clamp(max=0.999)
@@ -68,8 +68,8 @@ def posterior_variance(alpha: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor)
 
 
 def snr_rate(alpha_bar: Tensor) -> Tensor:
-    """How often training draws t with t_sampling="snr", up to a factor (see `DDPM.draw_t`): from
-    ᾱ_0, …, ᾱ_T, for t = 1, …, T, (T,).
+    """The p(t) of `DDPM.draw_t` with t_sampling="snr", up to a factor: from ᾱ_0, …, ᾱ_T, (T + 1,),
+    for t = 1, …, T, (T,).
 
         rate(t) = min(1, 1/snr(t)², 30 snr(t) + 0.1) + T/200 · min(0.6, w(t))
 
@@ -78,14 +78,15 @@ def snr_rate(alpha_bar: Tensor) -> Tensor:
     The first term is for the pictures. It is 1 where they take shape (for the cosine schedule from
     T/2 to 0.89 T) and falls towards both ends: with more signal than noise in x_t little is left to
     decide, and in almost pure noise little can be decided yet. "Efficient Diffusion Training via
-    Min-SNR Weighting Strategy" (arXiv 2303.09556) weighs ‖ε̂_θ − ε‖² by min(1, 5/snr), "Elucidating
-    the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364) draws few noise levels
-    at either end.
+    Min-SNR Weighting Strategy" (arXiv 2303.09556) weighs ‖ε̂_θ − ε‖² by min(1, 5/snr), and
+    "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364) draws few
+    noise levels at either end.
 
     The second term is for the likelihood. In the ELBO ‖v̂_θ − v_t‖² has the weight w(t), if t ≥ 2:
-    that of ‖x̂_θ − x_0‖² in (2.43) times 1 − ᾱ_t. It is half the growth of the noise's variance in
-    step t, about 1/t, and capped since w(1) = ∞. With the cosine schedule and T = 1000 one draw in
-    18 is due to this term, half of these at t ≤ 26.
+    that of ‖x̂_θ − x_0‖² in (2.43) times 1 − ᾱ_t: half the share by which the noise's variance grows
+    in step t, for the cosine schedule about 1/t in the first half of the chain. It is capped, since
+    w(1) = ∞. T/200 gives this term nearly the same share of the draws for every T: one in 18 for
+    T = 1000, half of these at t ≤ 26.
 
     The numbers were found by trial, for predict="velocity". With "noise" or "image" the same rate
     gives each t another weight (see `DDPM.loss`).
@@ -272,11 +273,12 @@ class DDPM(nn.Module):
             predict="velocity"    √ᾱ_t x_t − √(1 − ᾱ_t) v̂_θ(x_t)
 
         The velocity v_t = √ᾱ_t ε − √(1 − ᾱ_t) x_0 ("v-prediction", from "Progressive Distillation
-        for Fast Sampling of Diffusion Models", arXiv 2202.00512) is the derivative by φ of x_t =
-        cos φ x_0 + sin φ ε, where cos φ = √ᾱ_t. So (x_t, v_t) is (x_0, ε) turned by φ, and turning
-        it back takes no division. Towards t = 0 it is the noise, towards T minus the image. There
-        √ᾱ_t ≈ 0, and by way of ε̂_θ x̂_θ is little but the error of ε̂_θ divided by it, a beginning
-        that DDIM without fresh noise never forgets. By way of v̂_θ it is close to the mean image.
+        for Fast Sampling of Diffusion Models", arXiv 2202.00512) is the derivative with respect to
+        φ of x_t = cos φ x_0 + sin φ ε, where cos φ = √ᾱ_t. So (x_t, v_t) is (x_0, ε) turned by φ,
+        and turning it back takes no division. Towards t = 0 it is the noise, towards T minus the
+        image. Near T, where √ᾱ_t ≈ 0, a noise network's x̂_θ is little but its error divided by
+        √ᾱ_t, a beginning that DDIM without fresh noise never forgets; a velocity network's is
+        close to the mean image.
         """
         output = self._denoise(x_t, t)
         signal, std = self._roots(t, x_t)
@@ -293,10 +295,10 @@ class DDPM(nn.Module):
             predict="velocity"    √(1 − ᾱ_t) x_t + √ᾱ_t v̂_θ(x_t)
         """
         output = self._denoise(x_t, t)
-        signal, std = self._roots(t, x_t)
         if self.predict == "image":
-            output = (x_t - signal * output) / std
+            output = self.noise_between(output, x_t, t)
         elif self.predict == "velocity":
+            signal, std = self._roots(t, x_t)
             output = std * x_t + signal * output
         return output
 
@@ -363,9 +365,9 @@ class DDPM(nn.Module):
         numbers). Bayes' rule (2.20) turns the first arrow round: Thm 2.4 needs only one random x_t.
 
         Each expectation is taken from one sample. The sum is over every t, one after the other;
-        with k it is estimated, without bias, from k random t for each image, with P(t) ∝ 1/t, about
-        the weight of ‖v̂_θ − v_t‖² (see `snr_rate`). x̂_θ is clipped unless clip=False, as in the
-        chain whose likelihood this bounds.
+        with k it is estimated, without bias, from k random t for each image, with P(t) ∝ 1/t, for
+        small t the weight of ‖v̂_θ − v_t‖² (see `snr_rate`). x̂_θ is clipped unless clip=False, as in
+        the chain whose likelihood this bounds.
         """
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -386,19 +388,19 @@ class DDPM(nn.Module):
         alpha_bar, constant = _like(x_0, alpha_bar, alpha_bar + torch.log1p(-alpha_bar))
         prior_matching = 0.5 * (alpha_bar * x_0.square() - constant).flatten(1).sum(1)
 
-        # The transition blocks (Thm 2.6): two Gaussians with the same variance, so that
-        # KL = ‖μ_q − μ_θ‖² / 2σ_q²(t), (2.37). Their means differ in x_0 and x̂_θ only: (2.43). Its
-        # weight is also ½ [snr(t − 1) − snr(t)] with snr(t) = ᾱ_t / (1 − ᾱ_t).
-        # rate[t]: how often t comes up for an image, on average.
+        # The times, and in rate[t] how often an image meets t, on average.
         if k is None:
             times, rate = range(2, self.T + 1), torch.ones(self.T + 1, device="cpu")
         else:
-            odds = 1 / torch.arange(self.T + 1, dtype=torch.float64, device="cpu")
-            odds[:2] = 0
-            rate = k * odds / odds.sum()
+            t = torch.arange(2, self.T + 1, dtype=torch.float64, device="cpu")
+            rate = F.pad(k / t / (1 / t).sum(), (2, 0))
             u = torch.rand(k, len(x_0), generator=generator,
                            device=generator.device if generator else "cpu")
             times = torch.searchsorted(rate.cumsum(0), k * u.cpu().double(), right=True)
+
+        # The transition blocks (Thm 2.6): two Gaussians with the same variance, so that
+        # KL = ‖μ_q − μ_θ‖² / 2σ_q²(t), (2.37). Their means differ in x_0 and x̂_θ only: (2.43). Its
+        # weight is also ½ [snr(t − 1) − snr(t)] with snr(t) = ᾱ_t / (1 − ᾱ_t).
         consistency = torch.zeros_like(reconstruction)
         for t in times:
             alpha, alpha_bar, alpha_bar_prev = self._scalars(t, x_0)
@@ -477,7 +479,8 @@ class DDPM(nn.Module):
 
             σ_t = η √[(1 − ᾱ_s) / (1 − ᾱ_t)] √[1 − ᾱ_t / ᾱ_s],      0 ≤ η ≤ 1
 
-        η = 1 is DDPM in longer strides, with steps = T `reverse_chain` itself. η = 0 draws nothing
+        For η = 1 σ_t² is σ_q² with ᾱ_t / ᾱ_s for α_t and s for t − 1, and the chain DDPM in longer
+        strides, with steps = T `reverse_chain` itself. η = 0 draws nothing
         after x_T. 1 is the default here: the fresh noise of every step makes up for much of what a
         network trained for minutes gets wrong.
 
@@ -495,8 +498,8 @@ class DDPM(nn.Module):
             x0_hat = self.predict_x0(x_t, t, clip)
             noise_hat = self.noise_between(x0_hat, x_t, t)
             alpha_bar_t, alpha_bar_s = self.alpha_bar[t], self.alpha_bar[s]
-            variance = (eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t)
-                        * (1 - alpha_bar_t / alpha_bar_s))
+            variance = eta**2 * posterior_variance(alpha_bar_t / alpha_bar_s,
+                                                   alpha_bar_t, alpha_bar_s)
             c_0, c_noise, sigma = _like(x_t, alpha_bar_s.sqrt(),
                                         (1 - alpha_bar_s - variance).sqrt(), variance.sqrt())
             x_t = c_0 * x0_hat + c_noise * noise_hat

@@ -97,7 +97,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     cast = autocast(device, config["precision"])
     if config["compile"]:
         compile_networks(model, next_batch(images, config, step, device), cast)
-    # Here the ranks wait for one another: no row, no checkpoint before all have their input.
+    # Here the ranks wait for one another: no row, no checkpoint before all have read their data.
     network = DistributedDataParallel(model) if RANKS > 1 else model
 
     stop = 0  # or the number of a signal
@@ -140,9 +140,9 @@ def learning_rate(step: int, total: int) -> float:
 
 
 def ema_decay(step: int) -> float:
-    """The decay of the EMA, the moving average of the weights. They jitter around it from step to
-    step, so that samples are drawn with it (as in arXiv 2006.11239). Warmed up, it spans the last
-    tenth of the run so far and soon forgets the random start."""
+    """The decay of the EMA, the moving average of the weights, which jitter around it from step to
+    step: samples are drawn with the average (as in arXiv 2006.11239). It spans the last tenth of
+    the run so far, and so soon forgets the random start."""
     return min(EMA_DECAY, step / (step + 10))
 
 
@@ -260,7 +260,7 @@ class Log:
             self.total / self.steps_per_epoch / PICTURES)
         state = state or {"step": 0, "seconds": 0.0, "losses": []}
         self.step, self.saved = state["step"], state["seconds"]  # of the last checkpoint
-        self.row_step, self.row_seconds = self.step, self.saved  # of the last row since then
+        self.row_step, self.row_seconds = self.step, self.saved  # of the last row, or of resuming
         self.losses = list(torch.tensor(state["losses"], device=device))  # since the last row
 
     def __enter__(self):
@@ -360,7 +360,7 @@ def read_idx(path: Path) -> Tensor:
     data = bytearray()
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            # Two zero bytes, 8 for uint8, the number of dimensions; each as a big-endian uint32.
+            # Two zero bytes, 8 for uint8, the number of dimensions; then each dimension's size.
             magic, ndim = struct.unpack(">3sB", file.read(4))
             shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
             size = math.prod(shape)
@@ -496,8 +496,8 @@ def configure(options: dict, saved: dict | None) -> dict:
 
 
 def prepare(options: dict) -> tuple:
-    """The arguments of `train`. All that can be refused is refused here, before a file changes (an
-    empty metrics.csv may come to be): ValueError or OSError."""
+    """The arguments of `train`. All that can be refused is refused here, by ValueError or OSError,
+    before a file changes; at most there is a new, empty metrics.csv."""
     out, resume = options.pop("out", Path("runs", options["model"])), options.pop("resume", False)
     checkpoint, metrics, state = out / "checkpoint.pt", None, None
     if checkpoint.exists() and not resume:

@@ -36,13 +36,13 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def fourier_features(x: Tensor, exponents: Sequence[int]) -> Tensor:
-    """x beside sin(2ⁿπx) and cos(2ⁿπx) for each n of N: (B, C, H, W) -> (B, (1 + 2N) C, H, W).
+    """x beside sin(2ⁿπx) and cos(2ⁿπx), for N exponents n: (B, C, H, W) -> (B, (1 + 2N) C, H, W).
 
     At small t the network has to see noise of standard deviation √(1 − ᾱ_1), 0.006 for the cosine
     schedule and T = 1000, on pixels in [-1, 1]. A stem with a large gain would not help: the next
     norm divides by it. A pair of waves has the gain 2ⁿπ at every x, 100 for n = 5 ("Variational
     Diffusion Models", arXiv 2107.00630, with n = 7 and 8). And they are computed in x's own
-    precision, where bfloat16 rounds an x near −1 to steps of 0.004 above it and 0.008 below.
+    precision, whereas bfloat16 rounds an x near −1 to steps of 0.004 above it and 0.008 below.
     """
     waves = [wave(2**n * math.pi * x) for n in exponents for wave in (torch.sin, torch.cos)]
     return torch.cat([x, *waves], dim=1)
@@ -54,8 +54,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """The last layer of a residual branch starts at 0: a fresh block passes x on unchanged, and
-    so the gradient, however deep the network."""
+    """Weights and bias start at 0: of a residual branch's last layer, so that a fresh block is its
+    shortcut alone, and of the head, so that a fresh network's output is 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
