@@ -36,8 +36,8 @@ def linear_alphas(T: int) -> Tensor:
     """α_1, …, α_T as a float64 (T,): 1 − α_t grows linearly.
 
     From 1e-4 to 0.02 for T = 1000, as in arXiv 2006.11239. For other T both ends are scaled by
-    1000/T: this keeps Σ (1 − α_t) at 10, and so ᾱ_T below e⁻¹⁰: x_T is white noise. (Up to T = 20
-    the last values would reach 1 or pass it, and are held at 0.999.)
+    1000/T. From T = 21 on this keeps Σ (1 − α_t) at 10, and so ᾱ_T below e⁻¹⁰: x_T is white noise.
+    (For smaller T the last values would reach 1 or pass it, and are held at 0.999.)
     """
     scale = 1000 / T
     return 1 - torch.linspace(1e-4 * scale, 0.02 * scale, T, dtype=torch.float64).clamp(max=0.999)
@@ -48,7 +48,7 @@ def cosine_alphas(T: int) -> Tensor:
 
     From "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), with its s = 0.008
     and 1 − α_t ≤ 0.999. It destroys small images more evenly over t than the linear schedule,
-    which leaves little but noise in the later half of the chain.
+    whose last quarter is almost pure noise.
     """
     s = 0.008
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -68,8 +68,8 @@ def posterior_variance(alpha: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor)
 
 
 def snr_rate(alpha_bar: Tensor) -> Tensor:
-    """The p(t) of `DDPM.draw_t` with t_sampling="snr", up to a factor: from ᾱ_0, …, ᾱ_T, (T + 1,),
-    for t = 1, …, T, (T,).
+    """How often `DDPM.draw_t` draws each t with t_sampling="snr", up to a factor: ᾱ_0, …, ᾱ_T,
+    (T + 1,) -> for t = 1, …, T, (T,).
 
         rate(t) = min(1, 1/snr(t)², 30 snr(t) + 0.1) + T/200 · min(0.6, w(t))
 
@@ -82,11 +82,11 @@ def snr_rate(alpha_bar: Tensor) -> Tensor:
     "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364) draws few
     noise levels at either end.
 
-    The second term is for the likelihood. In the ELBO ‖v̂_θ − v_t‖² has the weight w(t), if t ≥ 2:
-    that of ‖x̂_θ − x_0‖² in (2.43) times 1 − ᾱ_t: half the share by which the noise's variance grows
-    in step t, for the cosine schedule about 1/t in the first half of the chain. It is capped, since
-    w(1) = ∞. T/200 gives this term nearly the same share of the draws for every T: one in 18 for
-    T = 1000, half of these at t ≤ 26.
+    The second term is for the likelihood. For t ≥ 2 w(t) is the weight of ‖v̂_θ − v_t‖² in the
+    ELBO: that of ‖x̂_θ − x_0‖² in (2.43), times 1 − ᾱ_t. It is half the relative growth of the
+    noise's variance in step t, for the cosine schedule about 1/t in the first half of the chain,
+    and capped since w(1) = ∞. With T/200 the term's share of the draws depends little on T: one in
+    25 for T = 50, in 18 for T = 1000 (half of these at t ≤ 26), in 16 for T = 4000.
 
     The numbers were found by trial, for predict="velocity". With "noise" or "image" the same rate
     gives each t another weight (see `DDPM.loss`).
@@ -125,7 +125,7 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def _like(x: Tensor, *coefficients: Tensor) -> Sequence[Tensor]:
     """A formula's coefficients, from float64 on the CPU to x's precision and x's device. A single
-    number is written there by a kernel: a copy could make the host wait for the device."""
+    number is filled in there: copying it could make the host wait for the device."""
     if coefficients[0].ndim == 0:
         return [x.new_full((), number.item()) for number in coefficients]
     return torch.stack(coefficients).to(x.device, x.dtype, non_blocking=True)
@@ -245,7 +245,8 @@ class DDPM(nn.Module):
 
             μ_q = (1 − ᾱ_{t−1}) √α_t / (1 − ᾱ_t) · x_t  +  (1 − α_t) √ᾱ_{t−1} / (1 − ᾱ_t) · x_0
 
-        (2.25), a point between x_t and x_0 (Fig. 2.9). At t = 1 it is x_0, and σ_q²(1) = 0.
+        (2.25), between x_t and x_0 (Fig. 2.9), but nearer to 0: for t > 1 the weights sum to less
+        than 1. At t = 1 it is x_0, and σ_q²(1) = 0.
         """
         alpha, alpha_bar, alpha_bar_prev = self._scalars(t, x_t, x_0)
         c_t, c_0, variance = _like(x_t, (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar),
@@ -275,10 +276,9 @@ class DDPM(nn.Module):
         The velocity v_t = √ᾱ_t ε − √(1 − ᾱ_t) x_0 ("v-prediction", from "Progressive Distillation
         for Fast Sampling of Diffusion Models", arXiv 2202.00512) is the derivative with respect to
         φ of x_t = cos φ x_0 + sin φ ε, where cos φ = √ᾱ_t. So (x_t, v_t) is (x_0, ε) turned by φ,
-        and turning it back takes no division. Towards t = 0 it is the noise, towards T minus the
-        image. Near T, where √ᾱ_t ≈ 0, a noise network's x̂_θ is little but its error divided by
-        √ᾱ_t, a beginning that DDIM without fresh noise never forgets; a velocity network's is
-        close to the mean image.
+        and turning it back takes no division. Near t = 0 v_t is almost ε, near T almost −x_0. At T,
+        where √ᾱ_t ≈ 0, a noise network's x̂_θ is mostly its error, divided by √ᾱ_t, a bad start
+        that DDIM with η = 0 never makes good; a velocity network's is close to the mean image.
         """
         output = self._denoise(x_t, t)
         signal, std = self._roots(t, x_t)
@@ -365,9 +365,9 @@ class DDPM(nn.Module):
         numbers). Bayes' rule (2.20) turns the first arrow round: Thm 2.4 needs only one random x_t.
 
         Each expectation is taken from one sample. The sum is over every t, one after the other;
-        with k it is estimated, without bias, from k random t for each image, with P(t) ∝ 1/t, for
-        small t the weight of ‖v̂_θ − v_t‖² (see `snr_rate`). x̂_θ is clipped unless clip=False, as in
-        the chain whose likelihood this bounds.
+        with k it is estimated, without bias, from k random t for each image, with P(t) ∝ 1/t, about
+        as the summands fall. x̂_θ is clipped unless clip=False, as in the chain whose likelihood
+        this bounds.
         """
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -388,15 +388,15 @@ class DDPM(nn.Module):
         alpha_bar, constant = _like(x_0, alpha_bar, alpha_bar + torch.log1p(-alpha_bar))
         prior_matching = 0.5 * (alpha_bar * x_0.square() - constant).flatten(1).sum(1)
 
-        # The times, and in rate[t] how often an image meets t, on average.
+        # The times, and how often each comes up for an image, on average.
         if k is None:
-            times, rate = range(2, self.T + 1), torch.ones(self.T + 1, device="cpu")
+            times, visits = range(2, self.T + 1), torch.ones(self.T + 1, device="cpu")
         else:
             t = torch.arange(2, self.T + 1, dtype=torch.float64, device="cpu")
-            rate = F.pad(k / t / (1 / t).sum(), (2, 0))
+            visits = F.pad(k / t / (1 / t).sum(), (2, 0))
             u = torch.rand(k, len(x_0), generator=generator,
                            device=generator.device if generator else "cpu")
-            times = torch.searchsorted(rate.cumsum(0), k * u.cpu().double(), right=True)
+            times = torch.searchsorted(visits.cumsum(0), k * u.cpu().double(), right=True)
 
         # The transition blocks (Thm 2.6): two Gaussians with the same variance, so that
         # KL = ‖μ_q − μ_θ‖² / 2σ_q²(t), (2.37). Their means differ in x_0 and x̂_θ only: (2.43). Its
@@ -407,7 +407,7 @@ class DDPM(nn.Module):
             variance = posterior_variance(alpha, alpha_bar, alpha_bar_prev)
             weight, = _like(x_0, 1 / (2 * variance)
                             * (1 - alpha)**2 * alpha_bar_prev / (1 - alpha_bar)**2
-                            / rate[self._check(t, x_0)])
+                            / visits[self._check(t, x_0)])
             error = self.predict_x0(q_draw(t), t, clip) - x_0
             consistency += (weight * error.square()).flatten(1).sum(1)
         return {"reconstruction": reconstruction, "prior_matching": prior_matching,
@@ -479,10 +479,10 @@ class DDPM(nn.Module):
 
             σ_t = η √[(1 − ᾱ_s) / (1 − ᾱ_t)] √[1 − ᾱ_t / ᾱ_s],      0 ≤ η ≤ 1
 
-        For η = 1 σ_t² is σ_q² with ᾱ_t / ᾱ_s for α_t and s for t − 1, and the chain DDPM in longer
-        strides, with steps = T `reverse_chain` itself. η = 0 draws nothing
-        after x_T. 1 is the default here: the fresh noise of every step makes up for much of what a
-        network trained for minutes gets wrong.
+        With η = 1 σ_t² is σ_q²(t) with s for t − 1 and ᾱ_t / ᾱ_s for α_t: DDPM in longer strides,
+        and for steps = T `reverse_chain` itself. With η = 0 only x_T is random. 1 is the default
+        here: the fresh noise of every step makes up for much of what a network trained for minutes
+        gets wrong.
 
         Yields (t, x_t) for `steps` values t, evenly spaced from T to 1 (only T for steps = 1), and
         at last for t = 0. Where x̂_θ is clipped, ε̂_θ is the noise between the clipped x̂_θ and x_t.
@@ -491,7 +491,8 @@ class DDPM(nn.Module):
             raise ValueError(f"steps must be in 1..{self.T}, got {steps}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
-        times = torch.linspace(self.T, 1, steps, device="cpu").round().int().tolist() + [0]
+        times = torch.linspace(self.T, 1, steps, dtype=torch.float64, device="cpu")
+        times = times.round().int().tolist() + [0]
         x_t = self._noise(n, generator)
         yield self.T, x_t
         for t, s in zip(times, times[1:]):
@@ -692,9 +693,9 @@ def examples() -> list[tuple[str, float, float, float | None]]:
                                                  generator=Generator().manual_seed(1))])
             for chain, options in ((ddpm.reverse_chain, {}), (image.reverse_chain, {}),
                                    (ddpm.ddim_chain, {"steps": 200, "eta": 1.0})))
-        row(f"          0 | of a chain by ε̂_θ from one by x̂_θ, clip = {clip}", 0,
+        row(f"          0 | largest difference of chains by ε̂_θ and x̂_θ, clip = {clip}", 0,
             (by_noise - by_image).abs().max())
-        row(f"(2.60)    0 | of DDIM with η = 1, every t, from that chain, clip = {clip}", 0,
+        row(f"(2.60)    0 | of DDIM with η = 1, every t, and that chain, clip = {clip}", 0,
             (ddim - by_noise).abs().max())
 
     A = torch.tensor([[1.0, 0.5], [-1.0, 2.0]], dtype=torch.float64)

@@ -141,8 +141,8 @@ def learning_rate(step: int, total: int) -> float:
 
 def ema_decay(step: int) -> float:
     """The decay of the EMA, the moving average of the weights, which jitter around it from step to
-    step: samples are drawn with the average (as in arXiv 2006.11239). It spans the last tenth of
-    the run so far, and so soon forgets the random start."""
+    step: samples are drawn with the average (as in arXiv 2006.11239). Up to step 100,000 it reaches
+    back over a tenth of the run so far, and so soon forgets the random start."""
     return min(EMA_DECAY, step / (step + 10))
 
 
@@ -460,7 +460,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--predict", "what the U-Net predicts: noise and image are the paper's",
         choices=["noise", "image", "velocity"])
     add("--t-sampling", "how training draws t: uniform is the paper's", choices=["uniform", "snr"])
-    add("--channels", "width of the network's first level", type=width)
+    add("--channels", "width of the network's first layer", type=width)
     add("--multipliers", "width of each level over --channels", type=number(int, 1, 100),
         nargs="+", metavar="M")
     add("--blocks", "residual blocks a level", type=number(int, 1, 1000))

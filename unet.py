@@ -40,9 +40,10 @@ def fourier_features(x: Tensor, exponents: Sequence[int]) -> Tensor:
 
     At small t the network has to see noise of standard deviation √(1 − ᾱ_1), 0.006 for the cosine
     schedule and T = 1000, on pixels in [-1, 1]. A stem with a large gain would not help: the next
-    norm divides by it. A pair of waves has the gain 2ⁿπ at every x, 100 for n = 5 ("Variational
-    Diffusion Models", arXiv 2107.00630, with n = 7 and 8). And they are computed in x's own
-    precision, whereas bfloat16 rounds an x near −1 to steps of 0.004 above it and 0.008 below.
+    norm divides by it. But sin and cos together vary with x at the rate 2ⁿπ, 100 for n = 5, at
+    every x ("Variational Diffusion Models", arXiv 2107.00630, with n = 7 and 8). And they are
+    computed in x's own precision, whereas bfloat16 rounds an x near −1 to steps of 0.004 above it
+    and 0.008 below.
     """
     waves = [wave(2**n * math.pi * x) for n in exponents for wave in (torch.sin, torch.cos)]
     return torch.cat([x, *waves], dim=1)
@@ -105,7 +106,7 @@ class UNet(nn.Module):
 
     Args:
         image_channels: C.
-        channels: width of level 0, a multiple of 4.
+        channels: width of the stem, a multiple of 4.
         multipliers: level i is channels · multipliers[i] wide and has 1/2^i of the resolution.
         blocks: residual blocks a level on the way down (one more on the way up).
         attention: the levels whose blocks end in self-attention, which costs (H·W)² at each; that
