@@ -299,6 +299,10 @@ class TestForward(Test):
             with self.assertRaises(ValueError):
                 ddpm.q_sample(x, 1, wrong)
             with self.assertRaises(ValueError):
+                ddpm.loss(wrong)
+            with self.assertRaises(ValueError):
+                ddpm.elbo(wrong)
+            with self.assertRaises(ValueError):
                 ddpm.q_posterior(x, wrong, 1)
         for dtype in (torch.uint8, torch.int32):  # an index of bytes would be a mask
             t = torch.tensor([1, 5, 10])
@@ -428,6 +432,49 @@ class TestMixture(Test):
             mean, _ = ddpm.p_transition(x_t, t, clip=False)
             self.assertClose(mean, (x_t - (1 - a) / (1 - a_bar).sqrt() * noise) / a.sqrt())
 
+    def test_the_variance_of_a_long_stride(self):
+        # A network that knows x_0 leaves of x_s nothing random, given x_t, but σ_t z.
+        ddpm = DDPM(lambda x, t: torch.full_like(x, 0.35), (1, 1, 1), 200, predict="image")
+        for eta in (0.5, 1.0):
+            (t, x_t), (s, x_s) = list(ddpm.ddim_chain(100_000, 5, eta))[2:4]
+            a_t, a_s = ddpm.alpha_bar[t], ddpm.alpha_bar[s]
+            variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+            noise = (x_t - a_t.sqrt() * 0.35) / (1 - a_t).sqrt()
+            rest = x_s - a_s.sqrt() * 0.35 - (1 - a_s - variance).sqrt() * noise
+            self.assertMean(rest, 0)
+            self.assertMean(rest * noise, 0)
+            self.assertMean(rest**2, variance.item())
+
+    def test_noise_is_drawn_only_where_there_is_a_variance(self):
+        ddpm = pixel_ddpm(10)
+        for draws, chain, options in ((10, ddpm.reverse_chain, {}),
+                                      (7, ddpm.ddim_chain, {"steps": 7}),
+                                      (1, ddpm.ddim_chain, {"steps": 7, "eta": 0.0})):
+            drawn, expected = (torch.Generator().manual_seed(1) for _ in range(2))
+            list(chain(5, generator=drawn, **options))
+            for _ in range(draws):  # x_T, and z in every step but the last
+                torch.randn(5, 1, 1, 1, generator=expected, dtype=torch.float64)
+            self.assertTrue((drawn.get_state() == expected.get_state()).all())
+
+    def test_clipped_unless_told_otherwise(self):
+        ddpm, x_0 = DDPM(lambda x, t: -3 * x, (1, 1, 1), 10), torch.rand(50, 1, 1, 1)
+        self.assertLessEqual(ddpm.sample(50).abs().max(), 1)
+        self.assertLessEqual(ddpm.sample(50, steps=5).abs().max(), 1)
+        self.assertGreater(dict(ddpm.reverse_chain(50, clip=False))[0].abs().max(), 1)
+        self.assertGreater(dict(ddpm.ddim_chain(50, 5, clip=False))[0].abs().max(), 1)
+        default, clipped, unclipped = (
+            ddpm.elbo(x_0, generator=torch.Generator().manual_seed(1), **options)["consistency"]
+            for options in ({}, {"clip": True}, {"clip": False}))
+        self.assertTrue((default == clipped).all())
+        self.assertGreater((default - unclipped).abs().max(), 1)
+
+    def test_a_schedule_whose_alpha_bar_is_0_at_last(self):
+        ddpm = DDPM(lambda x, t: 0 * x, (1, 1, 1), 1100, torch.full((1100,), 0.5), "velocity")
+        self.assertEqual(ddpm.alpha_bar[-2:].tolist(), [0, 0])
+        x, y = (ddpm.sample(5, steps, generator=torch.Generator().manual_seed(1))
+                for steps in (None, 1100))
+        self.assertClose(x, y)
+
     def test_ddim_visits_both_ends_and_is_deterministic(self):
         ddpm = pixel_ddpm(100)
         for steps in (1, 2, 7, 50, 99, 100):
@@ -487,6 +534,11 @@ class TestElbo(Test):
                     q, p = (Normal(mean, variance.sqrt()) for mean, variance in (
                         ddpm.q_posterior(x_t, x_0, t), ddpm.p_transition(x_t, t, clip)))
                     consistency += kl_divergence(q, p).sum((1, 2, 3))
+                else:
+                    std = (0.1 * 0.1 / 0.19) ** 0.5  # σ_q(2)
+                    reconstruction = log_pixel_mass(
+                        x_0, ddpm.predict_x0(x_t, 1, clip), torch.tensor(std)).sum((1, 2, 3))
+            self.assertClose(terms["reconstruction"], reconstruction)
             self.assertClose(terms["consistency"], consistency)
             mean, variance = ddpm.q_marginal(x_0, 20)
             prior = kl_divergence(Normal(mean, variance.sqrt()), Normal(0.0, 1.0)).sum((1, 2, 3))
@@ -509,6 +561,9 @@ class TestElbo(Test):
         p = torch.tensor([6.0, 4, 3]) / 13
         error = (counts - 20_000 * p) / (20_000 * p * (1 - p)).sqrt()
         self.assertLess(error.abs().max().item(), 5)
+        with mock.patch.object(torch, "rand", lambda *size, **_: torch.zeros(size)):
+            ddpm.elbo(x_0[:1], k=1)  # the least random number draws t = 2
+        self.assertEqual(seen[-1].tolist(), [2])
         ddpm.denoiser = lambda x, t: x
         self.assertSame(*(ddpm.elbo(x_0, k=1, generator=torch.Generator().manual_seed(1))
                           for _ in range(2)))
