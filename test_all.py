@@ -1697,6 +1697,7 @@ train.main()
                 ("parameters do not fit", [*ddpm, "--channels", 10**5, "--multipliers", 100,
                                            "--attention", 0, "--blocks", 500]),
                 ("divisible by 8", [*ddpm, "--multipliers", 1, 1, 1, 1]),
+                ("--no-compile", [*ddpm, "--compile", "--device", "cpu"]),
                 ("--steps: not allowed with .*--epochs", [*vae, "--epochs", 1, "--steps", 1]),
                 ("--model", []), ("--model", ["--model", "gan"])):
             arguments += ["--data", self.data, "--out", new]

@@ -514,6 +514,9 @@ def prepare(options: dict) -> tuple:
                              f"{', '.join(sorted(missing))}, too")
     config = configure(options, state and state["config"])
     device = pick_device(config["device"])
+    if config["compile"] and device.type == "cpu":
+        raise ValueError("--compile is for a GPU: on the CPU gradients in bfloat16 came out as "
+                         "0; --no-compile does without")
     if RANKS > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
