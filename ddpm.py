@@ -498,7 +498,7 @@ class DDPM(nn.Module):
         for t, s in zip(times, times[1:]):
             x0_hat = self.predict_x0(x_t, t, clip)
             noise_hat = self.noise_between(x0_hat, x_t, t)
-            alpha = self.alpha[s + 1:t + 1].prod()  # ᾱ_t / ᾱ_s
+            alpha = self.alpha[s + 1:t + 1].prod()  # ᾱ_t / ᾱ_s, which may be 0 / 0
             alpha_bar_s = self.alpha_bar[s]
             variance = eta**2 * posterior_variance(alpha, self.alpha_bar[t], alpha_bar_s)
             c_0, c_noise, sigma = _like(x_t, alpha_bar_s.sqrt(),

@@ -294,16 +294,11 @@ class TestForward(Test):
             with self.assertRaises(ValueError, msg=f"t = {t}"):
                 ddpm.q_marginal(x, t)
         for wrong in (x[0], x[..., :1], x.byte()):
-            with self.assertRaises(ValueError):
-                ddpm.predict_x0(wrong, 1)
-            with self.assertRaises(ValueError):
-                ddpm.q_sample(x, 1, wrong)
-            with self.assertRaises(ValueError):
-                ddpm.loss(wrong)
-            with self.assertRaises(ValueError):
-                ddpm.elbo(wrong)
-            with self.assertRaises(ValueError):
-                ddpm.q_posterior(x, wrong, 1)
+            for method, *arguments in ((ddpm.loss, wrong), (ddpm.elbo, wrong),
+                                       (ddpm.predict_x0, wrong, 1), (ddpm.q_sample, x, 1, wrong),
+                                       (ddpm.q_posterior, x, wrong, 1)):
+                with self.assertRaises(ValueError, msg=method):
+                    method(*arguments)
         for dtype in (torch.uint8, torch.int32):  # an index of bytes would be a mask
             t = torch.tensor([1, 5, 10])
             self.assertClose(ddpm.q_marginal(x, t.to(dtype))[1], ddpm.q_marginal(x, t)[1])
