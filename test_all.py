@@ -1295,8 +1295,9 @@ class TestRuns(CommandTest):
             process = subprocess.Popen(
                 [sys.executable, HERE / "train.py", *arguments], cwd=self.folder,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                # A shell's background job, as these tests may be one, ignores SIGINT.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                # A shell's background job ignores SIGINT, and nohup's ignores SIGHUP.
+                preexec_fn=lambda: [signal.signal(signum, signal.SIG_DFL)
+                                    for signum in (signal.SIGINT, signal.SIGHUP)])
             until = time.monotonic() + 60
             while not (stopped / "metrics.csv").exists() or len(self.metrics(stopped)) < 3:
                 self.assertLess(time.monotonic(), until)
