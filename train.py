@@ -47,7 +47,7 @@ from vae import VAE
 
 # The options that --model brings with it, and their defaults.
 DEFAULTS = {
-    "ddpm": dict(steps=7000, batch_size=32, lr=3e-3, seed=0, timesteps=1000, schedule="cosine",
+    "ddpm": dict(steps=5600, batch_size=40, lr=3e-3, seed=0, timesteps=1000, schedule="cosine",
                  predict="velocity", t_sampling="snr", channels=16, multipliers=[1, 2, 4],
                  blocks=1, attention=[], dropout=0.0, fourier=[3, 5]),
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
