@@ -36,7 +36,7 @@ def linear_alphas(T: int) -> Tensor:
     """α_1, …, α_T as a float64 (T,): 1 − α_t grows linearly.
 
     From 1e-4 to 0.02 for T = 1000, as in arXiv 2006.11239. For other T both ends are scaled by
-    1000/T. From T = 21 on this keeps Σ (1 − α_t) at 10, and so ᾱ_T below e⁻¹⁰: x_T is white noise.
+    1000/T. From T = 21 on this keeps Σ (1 − α_t) at 10.05, so ᾱ_T below e⁻¹⁰: x_T is white noise.
     (For smaller T the last values would reach 1 or pass it, and are held at 0.999.)
     """
     scale = 1000 / T
@@ -68,8 +68,8 @@ def posterior_variance(alpha: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor)
 
 
 def snr_rate(alpha_bar: Tensor) -> Tensor:
-    """How often `DDPM.draw_t` draws each t with t_sampling="snr", up to a factor: ᾱ_0, …, ᾱ_T,
-    (T + 1,) -> for t = 1, …, T, (T,).
+    """p(t) of `DDPM.draw_t` with t_sampling="snr", up to a factor. Takes ᾱ_0, …, ᾱ_T, (T + 1,);
+    returns rate(1), …, rate(T), (T,).
 
         rate(t) = min(1, 1/snr(t)², 30 snr(t) + 0.1) + T/200 · min(0.6, w(t))
 
@@ -84,16 +84,17 @@ def snr_rate(alpha_bar: Tensor) -> Tensor:
 
     The second term is for the likelihood. For t ≥ 2 w(t) is the weight of ‖v̂_θ − v_t‖² in the
     ELBO: that of ‖x̂_θ − x_0‖² in (2.43), times 1 − ᾱ_t. It is half the relative growth of the
-    noise's variance in step t, for the cosine schedule 0.8/t to 1.1/t in the first half of the
-    chain, and capped since w(1) = ∞. With T/200 the term's share of the draws depends little on T:
-    one in 25 for T = 50, in 18 for T = 1000 (half of these at t ≤ 26), in 16 for T = 4000.
+    noise's variance in step t: for the cosine schedule and T = 1000, 0.8/t to 1.1/t in the first
+    half of the chain. The cap is for w(1) = ∞ (for T = 200 it cuts w(2), too). With T/200 the
+    term's share of the draws depends little on T: one in 25 for T = 50, in 18 for T = 1000 (half of
+    these at t ≤ 26), in 16 for T = 4000.
 
     The numbers were found by trial, for predict="velocity". With "noise" or "image" the same rate
     gives each t another weight (see `DDPM.loss`).
     """
-    noise, T = 1 - alpha_bar, len(alpha_bar) - 1
-    snr = alpha_bar[1:] / noise[1:]
-    w = 0.5 * (noise[1:] / noise[:-1] - 1)  # w(1) = ∞: noise[0] = 0
+    variance, T = 1 - alpha_bar, len(alpha_bar) - 1
+    snr = alpha_bar[1:] / variance[1:]
+    w = 0.5 * (variance[1:] / variance[:-1] - 1)  # w(1) = ∞: variance[0] = 0
     pictures = torch.minimum(1 / snr**2, 30 * snr + 0.1).clamp(max=1)
     return pictures + T / 200 * w.clamp(max=0.6)
 
@@ -109,9 +110,9 @@ def log_ndtr(x: Tensor) -> Tensor:
 def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log ∫ N(y | mean, std²) dy over the bin of the 8-bit pixel x, elementwise, in nats.
 
-    Our p_θ(x_0 | x_1), for pixels, from arXiv 2006.11239, section 3.3. Their 256 values lie 2/255
-    apart on [-1, 1]; a bin reaches half-way to its neighbours, and the two outermost bins reach
-    to ±∞, so that the 256 masses sum to 1.
+    Our p_θ(x_0 | x_1), for pixels, from arXiv 2006.11239, section 3.3. A pixel's 256 values lie
+    2/255 apart on [-1, 1]; a bin reaches half-way to its neighbours, and the two outermost bins
+    reach to ±∞, so that the 256 masses sum to 1.
     """
     lower = torch.where(x < -1 + 1 / 255, -math.inf, (x - 1 / 255 - mean) / std)
     upper = torch.where(x > 1 - 1 / 255, math.inf, (x + 1 / 255 - mean) / std)
@@ -163,7 +164,7 @@ class DDPM(nn.Module):
             if alphas.shape != (T,) or not ((alphas > 0) & (alphas < 1)).all():
                 raise ValueError(f"schedule must be T = {T} numbers α_t, each above 0 and below 1, "
                                  f"got {schedule}")
-        elif schedule not in list(SCHEDULES):
+        elif schedule not in list(SCHEDULES):  # a list: it may be unhashable
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, or a tensor, "
                              f"got {schedule!r}")
         if predict not in ("noise", "image", "velocity"):
@@ -329,12 +330,12 @@ class DDPM(nn.Module):
         """‖ε̂_θ(x_t) − ε‖² (§2.5); with predict="image" ‖x̂_θ(x_t) − x_0‖² (§2.4); with "velocity"
         ‖v̂_θ(x_t) − v_t‖², which is ‖ε̂_θ(x_t) − ε‖² / ᾱ_t and ‖x̂_θ(x_t) − x_0‖² / (1 − ᾱ_t).
 
-        The boxes "Training DDPM using ε̂_θ" and "Training Algorithm for DDPM", up to the gradient
-        step, for a batch of images: a scalar, the mean over the images and their pixels. (The
-        second box prints ᾱ_t x_0 where (2.11) has √ᾱ_t x_0.) In the ELBO each t has a factor of its
-        own (see `elbo`). The boxes drop it, which costs some likelihood and gives better pictures
-        (arXiv 2006.11239, section 3.4). How often t is drawn is a factor, too: `snr_rate` gives
-        some of the likelihood back.
+        The boxes "Training Algorithm for DDPM" (§2.4, which prints ᾱ_t x_0 where (2.11) has
+        √ᾱ_t x_0) and "Training DDPM using ε̂_θ" (§2.5), up to the gradient step, for a batch of
+        images: a scalar, the mean over the images and their pixels. In the ELBO each t has a factor
+        of its own (see `elbo`). The boxes drop it, which costs some likelihood and gives better
+        pictures (arXiv 2006.11239, section 3.4). How often t is drawn is a factor, too: `snr_rate`
+        gives some of the likelihood back.
         """
         t = self.draw_t(len(x_0))
         signal, std = self._roots(t, x_0)
@@ -394,7 +395,7 @@ class DDPM(nn.Module):
         else:
             t = torch.arange(2, self.T + 1, dtype=torch.float64, device="cpu")
             visits = F.pad(k / t / (1 / t).sum(), (2, 0))
-            u = torch.rand(k, len(x_0), generator=generator, dtype=torch.float32,
+            u = torch.rand(k, len(x_0), generator=generator, dtype=torch.float32,  # for mps, too
                            device=generator.device if generator else "cpu")
             times = torch.searchsorted(visits.cumsum(0), k * u.cpu().double(), right=True)
 
@@ -620,13 +621,13 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         x = 0.9 * x + 0.5 * torch.randn_like(x)
     row("Thm 2.1   b²/(1 − a²), a = 0.9, b = 0.5 | simulated variance", 0.25 / 0.19, x**2)
 
-    signal, noise = one, 0 * one
+    signal, variance = one, 0 * one
     for t in range(1, 101):
         scale, added = ddpm.q_transition(one, t)
-        signal, noise = scale * signal, scale**2 * noise + added
-    mean, variance = ddpm.q_marginal(one, 100)
+        signal, variance = scale * signal, scale**2 * variance + added
+    mean, at_once = ddpm.q_marginal(one, 100)
     row("Thm 2.2   t = 100: √ᾱ_t | product of 100 transitions", mean, signal.squeeze())
-    row("          1 − ᾱ_t | variance of 100 transitions", variance, noise.squeeze())
+    row("          1 − ᾱ_t | variance of 100 transitions", at_once, variance.squeeze())
 
     # Bayes' rule on a grid of x_{t−1}: q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0).
     t, grid = 20, torch.linspace(-4, 4, 400_001, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -661,7 +662,7 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     row("Thm 2.3   (2.14) as printed, with KLs | (2.17)", printed.flatten(), bound, differ=True)
     drawn = initial - (last.log_prob(x[-1]) - white.log_prob(x[-1])) - sum(
         q[t].log_prob(x[t]) - p[t + 1].log_prob(x[t]) for t in transitions)
-    row("          0 | largest difference of log q/p in place of its KLs from (2.17)", 0,
+    row("          0 | largest distance of (2.14), with log q/p for each KL, from (2.17)", 0,
         (drawn.flatten() - bound).abs().max())
     x_t, t = x[50], 50
     posterior = normal(ddpm.q_posterior(x_t, x_0, t))
@@ -684,7 +685,7 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     # From the same noise: the chain by ε̂_θ, by x̂_θ, and DDIM's that skips nothing.
     image, x_t, t = exact_ddpm(predict="image"), 3 * torch.randn(100, 1, 1, 1).double(), 50
     noise_hat = ddpm.predict_noise(x_t, t)
-    row(f"(2.52)    0 | largest difference of its mean from that of (2.48), t = {t}", 0, (
+    row(f"(2.52)    0 | largest distance of the means of (2.52) and (2.48), t = {t}", 0, (
         (x_t - (1 - alpha[t]) / (1 - alpha_bar[t]).sqrt() * noise_hat) / alpha[t].sqrt()
         - image.p_transition(x_t, t, clip=False)[0]).abs().max())
     for clip in (False, True):

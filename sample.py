@@ -5,7 +5,7 @@ Fig. 1.7): decode z ~ N(0, I). DDPM (§2.4, "Inference of DDPM", and §2.5, "…
 reverse chain from x_T ~ N(0, I) to x_0, through all T steps or, with --steps, through a few of
 DDIM's (§2.6).
 
-The second half is what train.py needs, too: checkpoints, files, devices, pictures, mistakes.
+The second half serves train.py, too: checkpoints, files, devices, pictures, mistakes.
 """
 import argparse
 import contextlib
@@ -127,6 +127,14 @@ def check_output(option: str, path: Path):
         raise ValueError(f"{option} {path}: {error.strerror}") from error
 
 
+def newest_checkpoint() -> Path:
+    paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise ValueError("no runs/*/checkpoint.pt here: train first, with python train.py "
+                         "--model ddpm, or name a file with --checkpoint")
+    return paths[-1]
+
+
 def prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.device, dict[str, Path]]:
     """The trained model, its device, and the files to write, by option. All that can be refused is
     refused here, before anything is drawn: ValueError or OSError."""
@@ -238,14 +246,6 @@ def read_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path}: the weights {min(wrong)[0]} are missing, or have another shape "
                          "than the model's")
     return state
-
-
-def newest_checkpoint() -> Path:
-    paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not paths:
-        raise ValueError("no runs/*/checkpoint.pt here: train first, with python train.py "
-                         "--model ddpm, or name a file with --checkpoint")
-    return paths[-1]
 
 
 # ------------------------------------------------------------------------------ files

@@ -1578,7 +1578,7 @@ class TestRuns(CommandTest):
         with mock.patch.object(VAE, "forward", forward), \
                 mock.patch.object(train.torch.optim, "Adam", descent):
             self.in_process(*self.train("vae", "--steps", 16, "--lr", 0.01))
-        rates = [0.01 * train.learning_rate(step, 16) for step in range(15)]
+        rates = [0.01 * train.lr_share(step, 16) for step in range(15)]
         self.assertClose(moves, rates, rtol=1e-3)
 
     @unittest.skipUnless(resource, "Windows has no limits")
@@ -1645,9 +1645,9 @@ train.main()
         self.assertIn("torchrun --nproc_per_node=2 train.py", output)
         self.assertEqual(sample.load(both / "checkpoint.pt")["step"], 27)
 
-    def test_learning_rate(self):
+    def test_lr_share(self):
         for step, share in ((0, 0.2), (4, 0.996), (50, 0.5), (75, 0.1464), (99, 0.0002467)):
-            self.assertClose(train.learning_rate(step, 100), share, rtol=1e-3)
+            self.assertClose(train.lr_share(step, 100), share, rtol=1e-3)
 
     def test_ema(self):
         # After step 1 it is the weights; then ema ← d ema + (1 − d) weights, d = step/(step + 10).

@@ -93,7 +93,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         ema.n_averaged.fill_(step)  # at 0 the next update would copy the weights
-    schedule = LambdaLR(optimizer, lambda step: learning_rate(step, log.total), last_epoch=step - 1)
+    schedule = LambdaLR(optimizer, lambda step: lr_share(step, log.total), last_epoch=step - 1)
     cast = autocast(device, config["precision"])
     if config["compile"]:
         compile_networks(model, next_batch(images, config, step, device), cast)
@@ -134,7 +134,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
 # ------------------------------------------------------------------------------ for the loop
 
 
-def learning_rate(step: int, total: int) -> float:
+def lr_share(step: int, total: int) -> float:
     """The share of --lr at this step: half a cosine from 1 down to 0, times a linear warm-up."""
     return min(1, (step + 1) / (WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
@@ -227,7 +227,10 @@ def draw_pictures(model: nn.Module, x: Tensor, seed: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, batch_size: int, device: torch.device,
              options: dict) -> tuple[float, float]:
-    """The ELBO in nats per image and in bits/dim: means over the images."""
+    """The ELBO in nats per image and in bits/dim: means over the images. In float32.
+
+    The ELBO of either model is its reconstruction, less every other term.
+    """
     elbo = bits = 0.0
     for batch in images.split(batch_size):
         x = to_float(batch, device)
@@ -438,8 +441,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
 
     count, width = number(int, 1, 10**9), number(int, 1, 10**5)
     add("--model", "what to train", choices=list(DEFAULTS), required=True)
-    add("--data", "folder of IDX files, gzipped or not, or a .pt file of a uint8 tensor "
-        "(N, C, H, W)")
+    add("--data", "folder of IDX files, named and gzipped (or not) as MNIST's, or a .pt file of a "
+        "uint8 tensor (N, C, H, W)")
     add("--out", "folder for the results (default: runs/<model>)", type=Path)
     length = parser.add_mutually_exclusive_group()
     add("--epochs", "passes over the data", length, type=count)

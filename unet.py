@@ -50,7 +50,7 @@ def fourier_features(x: Tensor, exponents: Sequence[int]) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as in arXiv 2006.11239, or fewer, so that each has at least 4 channels."""
+    """32 groups as in arXiv 2006.11239, or 16, 8, …: the most whose size is a multiple of 4."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 

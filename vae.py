@@ -197,7 +197,8 @@ class VAE(nn.Module):
         """−ELBO / (D ln 2) of x as 8-bit pixels: (B,).
 
         The ELBO bounds a density; over a pixel's bin, 2/255 wide, that is a probability of
-        2/255 times as much. terms: what `elbo` gave for x; computed here where it is missing.
+        2/255 times as much, if σ_dec is well above 2/255.
+        terms: what `elbo` gave for x; computed here where it is missing.
         """
         terms = terms or self.elbo(x)
         elbo = terms["reconstruction"] - terms["kl"]
@@ -287,10 +288,11 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         mixture.encode(mixture.decode(k)) == k)
 
     # x ~ N(μ, σ² I), and the encoder and decoder of Ex. 1.4 and 1.5 apart from their variances.
+    # The model's p(x) is N(μ, (σ² + s²) I), the data's density only in the limit s → 0.
     d, mu, sigma = 64, 0.3, 0.5
     x_many = mu + sigma * torch.randn(50_000, 1, 8, 8, dtype=torch.float64)
     x = x_many[:1]
-    log_p_x = Normal(mu, sigma).log_prob(x).sum()
+    log_data = Normal(mu, sigma).log_prob(x).sum()
 
     def matched(t: float, s: float) -> LinearVAE:
         return LinearVAE(a=1 / sigma, b=-mu / sigma, t=t, c=sigma, v=mu, s=s)
@@ -316,6 +318,8 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         vae = LinearVAE(a=a, b=-mu / sigma, t=0.1, c=sigma, v=mu, s=0.1 * sigma)
         row(f"Ex. 1.4   KL(q ‖ p(z | x)) | log p(x) − ELBO, t = 0.1, a = {a * sigma:.1f}/σ",
             vae.gap(x), vae.log_prob(x) - elbo(vae))
+    row("          0 | KL(q ‖ p(z | x)), t = 0.0001, a = 1/σ", 0,
+        matched(1e-4, 1e-4 * sigma).gap(x))
 
     vae = matched(t=1e-9, s=0.1)
     reconstruction = vae.elbo(x)["reconstruction"].sum()
@@ -334,13 +338,13 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         -d / 2 * math.log(2 * math.pi) - d * math.log(sigma) - d / 2,
         matched(1, sigma).elbo(x.expand(50_000, -1, -1, -1))["reconstruction"])
     for t in (1.0, 0.5, 0.1):
-        row(f"          −t²d/2 | ELBO − log p(x), for t = {t}, s = σt", -t**2 * d / 2,
-            elbo(matched(t, t * sigma)) - log_p_x)
-    row("          −d/2, the best by the print | ELBO − log p(x), for t = 0.001", -d / 2,
-        elbo(matched(1e-3, 1e-3 * sigma)) - log_p_x, differ=True)
+        row(f"          −t²d/2 | ELBO − log N(x | μ, σ² I), for t = {t}, s = σt", -t**2 * d / 2,
+            elbo(matched(t, t * sigma)) - log_data)
+    row("          −d/2, the best by the print | ELBO − log N(x | μ, σ² I), t = 0.001", -d / 2,
+        elbo(matched(1e-3, 1e-3 * sigma)) - log_data, differ=True)
 
     mu, log_var = (torch.full((1_000_000, 1), value, requires_grad=True) for value in (0.7, -0.4))
-    vae.reparameterize(mu, log_var).square().sum().backward()
+    vae.reparameterize(mu, log_var).square().sum().backward()  # any VAE's
     row("Ex. 1.7   2μ, for μ = 0.7 | slope of E z² in μ, through z = μ + σε", 1.4,
         mu.grad.flatten())
     row("          σ², for log σ² = −0.4 | slope of E z² in log σ²", math.exp(-0.4),
