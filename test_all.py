@@ -1080,7 +1080,8 @@ class TestEndToEnd(CommandTest):
         self.assertLess(losses[-1], 0.9 * losses[0])
 
     def test_ddpm(self):
-        text = self.command("train.py", *self.train("ddpm", "--epochs", 3, "--lr", 0.01))
+        text = self.command("train.py", *self.train("ddpm", "--epochs", 3, "--lr", 0.01,
+                                                    "--dropout", 0.1))
         self.assertRegex(text, r"test ELBO -[\d.]+ nats, [\d.]+ bits/dim .*images/s.* sample\.py")
         self.losses_fall()
         for step in (16, 32, 48):
@@ -1490,11 +1491,28 @@ class TestRuns(CommandTest):
             with self.assertRaisesRegex(RuntimeError, "a bug"):
                 self.in_process(*options)
 
-    def test_the_evaluation_takes_no_larger_batches_than_training(self):
-        elbo, sizes = VAE.elbo, []
-        with mock.patch.object(VAE, "elbo", lambda vae, x: sizes.append(len(x)) or elbo(vae, x)):
-            self.in_process(*self.train("vae", "--steps", 1))
-        self.assertEqual((max(sizes), sum(sizes)), (16, 16 + 64))
+    def test_the_last_line_is_a_mean_over_the_images(self):
+        images = torch.randint(0, 256, (10, 1, 2, 2), dtype=torch.uint8)  # in batches of 4, 4, 2
+        x = (images.double() / 127.5 - 1).sum((1, 2, 3))
+        model = types.SimpleNamespace(
+            elbo=lambda x, k: {"cost": k * x.sum((1, 2, 3)), "reconstruction": x.sum((1, 2, 3))**2,
+                               "other": torch.ones(len(x))},
+            bits_per_dim=lambda x, terms: terms["reconstruction"])
+        elbo, bits = train.evaluate(model, images, 4, torch.device("cpu"), {"k": 3})
+        self.assertClose(elbo, (x**2 - 3 * x - 1).mean(), rtol=1e-5)
+        self.assertClose(bits, (x**2).mean(), rtol=1e-5)
+
+    def test_the_evaluation_is_of_the_average_in_batches_as_in_training(self):
+        elbo, seen = VAE.elbo, []
+        with mock.patch.object(VAE, "elbo",
+                               lambda vae, x: seen.append((vae, len(x))) or elbo(vae, x)):
+            self.in_process(*self.train("vae", "--steps", 2))
+        sizes, vae, saved = [n for _, n in seen], seen[-1][0], sample.load(self.checkpoint)
+        self.assertEqual((max(sizes), sum(sizes)), (16, 2 * 16 + 64))
+        self.assertFalse(vae.training)
+        bias = vae.state_dict()["encoder.0.bias"]
+        self.assertSame(bias, saved["ema"]["encoder.0.bias"])
+        self.assertFalse((bias == saved["model"]["encoder.0.bias"]).all())
 
     @unittest.skipIf(os.name == "nt", "needs a Unix shell")
     def test_a_terminal_that_is_not_there(self):
