@@ -237,6 +237,7 @@ class TestSchedules(Test):
         T = 1000
         f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T)]
         self.assertClose(cosine_alphas(T).cumprod(0)[:-1], torch.tensor(f[1:]) / f[0], rtol=1e-5)
+        self.assertClose(1 - cosine_alphas(T)[-1], 0.999)  # where f(T) = 0
 
     def test_white_noise_at_the_end_of_every_chain(self):
         for schedule in ("linear", "cosine"):
@@ -287,6 +288,14 @@ class TestForward(Test):
         mean, variance = ddpm.q_posterior(x_t, x_t / 2, 1)
         self.assertClose(mean, x_t / 2)
         self.assertEqual(variance.item(), 0)
+
+    def test_a_network_in_bfloat16(self):
+        # The chain keeps its own precision.
+        for dtype in (torch.float32, torch.float64):
+            x_t = torch.randn(3, 1, 2, 2, dtype=dtype)
+            ddpm = DDPM(lambda x, t: x.bfloat16(), (1, 2, 2))
+            for value in (ddpm.predict_noise(x_t, 500), ddpm.p_transition(x_t, 500)[0]):
+                self.assertEqual(value.dtype, dtype)
 
     def test_bad_arguments(self):
         ddpm, x = DDPM(lambda x, t: x, (1, 2, 2), 10), torch.zeros(3, 1, 2, 2)
