@@ -1085,6 +1085,13 @@ class CommandTest(FileTest):
         text = ((folder or self.run_folder) / "metrics.csv").read_text()
         return list(csv.DictReader(text.splitlines()))
 
+    def wait_for_rows(self, folder):
+        """Until the run that has just been started there has written three."""
+        until = time.monotonic() + 60
+        while not (folder / "metrics.csv").exists() or len(self.metrics(folder)) < 3:
+            self.assertLess(time.monotonic(), until)
+            time.sleep(0.01)
+
 
 class TestEndToEnd(CommandTest):
     def losses_fall(self):
@@ -1314,10 +1321,7 @@ class TestRuns(CommandTest):
                 # A shell's background job ignores SIGINT, and nohup's ignores SIGHUP.
                 preexec_fn=lambda: [signal.signal(signum, signal.SIG_DFL)
                                     for signum in (signal.SIGINT, signal.SIGHUP)])
-            until = time.monotonic() + 60
-            while not (stopped / "metrics.csv").exists() or len(self.metrics(stopped)) < 3:
-                self.assertLess(time.monotonic(), until)
-                time.sleep(0.01)
+            self.wait_for_rows(stopped)
             process.send_signal(ask)
             output, errors = process.communicate(timeout=60)
             self.assertEqual(process.returncode, status, errors)
@@ -1455,10 +1459,7 @@ class TestRuns(CommandTest):
                                        cwd=self.folder, stdout=log, stderr=log)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        until = time.monotonic() + 60
-        while not (self.run_folder / "metrics.csv").exists() or len(self.metrics()) < 3:
-            self.assertLess(time.monotonic(), until)
-            time.sleep(0.01)
+        self.wait_for_rows(self.run_folder)
         rows = (self.run_folder / "metrics.csv").read_bytes()
         self.assertMistake("train.py", [*options, "--resume", "--steps", 40],
                            "another process is writing")
