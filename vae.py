@@ -2,7 +2,8 @@
 """Section 1 of the tutorial: the variational auto-encoder (VAE).
 
 All numbers (§, theorem, example, equation) are those of version 3, January 2025, of Stanley Chan,
-"Tutorial on Diffusion Models for Imaging and Vision" (arXiv 2403.18103).
+"Tutorial on Diffusion Models for Imaging and Vision" (arXiv 2403.18103), and what follows stands in
+the paper's order, under its titles.
 
 Building Blocks (§1.1). An encoder turns the image x into a latent z, a decoder turns z back into
 an image, and both are distributions:
@@ -13,13 +14,16 @@ an image, and both are distributions:
 `python vae.py` computes the section's examples and theorems, each beside its formula.
 """
 import math
+import signal
+import sys
 import warnings
+from collections.abc import Callable
 
 if __name__ == "__main__":  # torch can do without NumPy, and so can this file
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 
@@ -45,47 +49,47 @@ class GaussianMixture:
             raise ValueError(f"weights and stds must be positive, got {weights} and {stds}")
         self.weights = self.weights / self.weights.sum()
 
-    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """k ~ π, then x ~ p(x | k): n independent x, (n,) or (n, d)."""
-        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        return self.decode(k, generator)
-
-    def _log_joint(self, x: Tensor) -> Tensor:
-        """log π_k + log N(x | μ_k, σ_k² I): (n, K)."""
-        vectors = self.means.view(len(self.weights), -1)  # numbers are vectors with d = 1
+    def log_joint(self, x: Tensor) -> Tensor:
+        """log p(x, k) = log π_k + log N(x | μ_k, σ_k² I): (n,) or (n, d) -> (n, K)."""
+        if x.shape[1:] != self.means.shape[1:]:
+            raise ValueError(f"x must be (n, {', '.join(map(str, self.means.shape[1:]))}), "
+                             f"got {tuple(x.shape)}")
+        vectors = self.means.view(len(self.means), -1)  # numbers are vectors with d = 1
         density = Normal(vectors, self.stds[:, None]).log_prob(x.reshape(len(x), 1, -1))
         return self.weights.log() + density.sum(-1)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) = log Σ_k π_k N(x | μ_k, σ_k² I) in nats: (n,)."""
-        return self._log_joint(x).logsumexp(-1)
+        return self.log_joint(x).logsumexp(-1)
 
     def posterior(self, x: Tensor) -> Tensor:
         """p(k | x) = π_k N(x | μ_k, σ_k² I) / p(x), by Bayes' rule: (n, K), rows sum to 1."""
-        return self._log_joint(x).softmax(-1)
+        return self.log_joint(x).softmax(-1)
 
     def encode(self, x: Tensor) -> Tensor:
         """The encoder: arg max_k p(k | x), the most probable Gaussian, (n,) integers."""
         return self.posterior(x).argmax(-1)
 
-    def decode(self, k: Tensor, generator: Generator | None = None) -> Tensor:
+    def decode(self, k: Tensor) -> Tensor:
         """The decoder: a draw of x ~ p(x | k) = N(μ_k, σ_k² I) for each k, (n,) or (n, d)."""
         mean = self.means[k]
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
-        return mean + self.stds[k].view(-1, *[1] * (mean.ndim - 1)) * noise
+        return mean + self.stds[k].view(-1, *[1] * (mean.ndim - 1)) * torch.randn_like(mean)
+
+    def sample(self, n: int) -> Tensor:
+        """k ~ π, then x ~ p(x | k): n independent x, (n,) or (n, d)."""
+        return self.decode(torch.multinomial(self.weights, n, replacement=True))
 
 
 class VAE(nn.Module):
-    """The variational auto-encoder of §1.1.
+    """The variational auto-encoder of §1 over any two networks; `conv_networks` makes a pair.
 
         q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    (1.2)   (μ, log σ²) = Encoder_φ(x)
         p_θ(x | z) = N(x | f_θ(z), σ_dec² I)        (1.3)   f_θ(z) = Decoder_θ(z)
         p(z)       = N(z | 0, I)
 
     Args:
-        image_shape: (C, H, W) with H and W at least 8.
-        latent_dim: d, the length of z.
-        channels: width at half resolution; twice that at quarter resolution.
+        encoder: x (B, …) -> (B, 2d), μ beside log σ².
+        decoder: z (B, d) -> x's shape.
         decoder_std: σ_dec, on the scale of pixels in [-1, 1], either a number or "learned", which
             makes it one more parameter ((1.3) allows both). A small σ_dec gives sharp
             reconstructions, but encoded z that are not distributed as N(0, I), and so bad samples.
@@ -94,77 +98,42 @@ class VAE(nn.Module):
     Images are float tensors (B, C, H, W) in [-1, 1]. Bad arguments raise ValueError.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), latent_dim: int = 8,
-                 channels: int = 16, decoder_std: float | str = 0.6):
+    def __init__(self, encoder: Callable[[Tensor], Tensor], decoder: Callable[[Tensor], Tensor],
+                 decoder_std: float | str = 0.6):
         super().__init__()
-        if (len(image_shape) != 3 or not all(isinstance(n, int) for n in image_shape)
-                or image_shape[0] < 1 or min(image_shape[1:]) < 8):
-            raise ValueError(f"image_shape must be (C, H, W) with H and W at least 8, "
-                             f"got {image_shape}")
-        for name, value in (("latent_dim", latent_dim), ("channels", channels)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, got {value}")
-        if decoder_std != "learned" and (isinstance(decoder_std, str)
-                                         or not 0 < decoder_std < math.inf):
+        if decoder_std != "learned" and not (isinstance(decoder_std, (int, float))
+                                             and 0 < decoder_std < math.inf):
             raise ValueError(f'decoder_std must be positive and finite, or "learned", '
                              f"got {decoder_std!r}")
-        C, H, W = self.image_shape = tuple(image_shape)
-        self.latent_dim = latent_dim
+        self.encoder, self.decoder = encoder, decoder
         self.log_decoder_std = (nn.Parameter(torch.zeros(())) if decoder_std == "learned"
                                 else math.log(decoder_std))
 
-        # The paper leaves the networks open. Here they halve the image twice, and double it twice.
-        # Without GroupNorm the first steps of training can end in q_φ(z | x) = p(z) and one average
-        # image ("posterior collapse").
-        def activation(c: int) -> nn.Module:
-            return nn.Sequential(nn.GroupNorm(math.gcd(8, c), c), nn.SiLU())
+    # -------------------------------------------------- §1.1 Building Blocks of VAE
 
-        c, h, w = channels, math.ceil(H / 4), math.ceil(W / 4)
-        self.encoder = nn.Sequential(
-            nn.Conv2d(C, c, 3, stride=2, padding=1), activation(c),
-            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), activation(2 * c),
-            nn.Conv2d(2 * c, 2 * c, 3, padding=1), activation(2 * c),
-            nn.Flatten(), nn.Linear(2 * c * h * w, 16 * c), nn.SiLU(),
-            nn.Linear(16 * c, 2 * latent_dim))
-        self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, 16 * c), nn.SiLU(), nn.Linear(16 * c, 2 * c * h * w),
-            nn.Unflatten(1, (2 * c, h, w)), activation(2 * c),
-            nn.Conv2d(2 * c, 2 * c, 3, padding=1), activation(2 * c),
-            nn.Conv2d(2 * c, 4 * c, 3, padding=1), nn.PixelShuffle(2), activation(c),
-            nn.Conv2d(c, 4 * C, 3, padding=1), nn.PixelShuffle(2), nn.Tanh())
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    ((1.2)): (mu, log_var), (B, d) each."""
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floats, images in [-1, 1], got {x.dtype}")
+        mu, log_var = self.encoder(x).to(x.dtype).chunk(2, dim=1)  # as float32 under autocast, too
+        return mu, log_var
+
+    def decode(self, z: Tensor) -> Tensor:
+        """f_θ(z), the mean of p_θ(x | z) = N(x | f_θ(z), σ_dec² I)    ((1.3)): (B, d) -> (B, …)."""
+        return self.decoder(z).to(z.dtype)
 
     @property
     def decoder_std(self) -> float | Tensor:
         """σ_dec: the given number or, if learned, a tensor ()."""
         return math.e ** self.log_decoder_std
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x)) (§1.1, (1.2)): (mu, log_var), (B, d) each."""
-        if x.shape[1:] != self.image_shape or not x.is_floating_point():
-            raise ValueError(f"expected float images (B, {', '.join(map(str, self.image_shape))}), "
-                             f"got {x.dtype} {tuple(x.shape)}")
-        return self.encoder(x).to(x.dtype).chunk(2, dim=1)
-
-    def reparameterize(self, mu: Tensor, log_var: Tensor) -> Tensor:
-        """z = μ + σ ⊙ ε with ε ~ N(0, I), (B, d) (§1.3, (1.16) and Ex. 1.7).
-
-        z ~ q_φ(z | x), as a function of ε and φ: so ∇_φ passes through the expectation, too.
-        """
-        return mu + (0.5 * log_var).exp() * torch.randn_like(mu)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """f_θ(z), the mean of p_θ(x | z) (§1.1, (1.3)): (B, d) -> (B, C, H, W) in [-1, 1]."""
-        if z.shape[1:] != (self.latent_dim,) or not z.is_floating_point():
-            raise ValueError(f"expected float z (B, {self.latent_dim}), "
-                             f"got {z.dtype} {tuple(z.shape)}")
-        _, H, W = self.image_shape
-        return self.decoder(z)[:, :, :H, :W].to(z.dtype)  # 4 ⌈H/4⌉ may be more than H
+    # -------------------------------------------------- §1.2 Evidence Lower Bound
 
     def elbo(self, x: Tensor) -> dict[str, Tensor]:
-        """ELBO(x) = E_{q_φ(z | x)} log [p(x, z) / q_φ(z | x)]            (§1.2, Def. 1.3, (1.4))
+        """ELBO(x) = E_{q_φ(z | x)} log [p(x, z) / q_φ(z | x)]                  (Def. 1.3, (1.4))
 
-                = log p(x) − KL(q_φ(z | x) ‖ p(z | x))  ≤  log p(x)    (Thm 1.1, (1.6))
-                = reconstruction − kl                                  (Thm 1.2, (1.10))
+                = log p(x) − KL(q_φ(z | x) ‖ p(z | x))  ≤  log p(x)          (Thm 1.1, (1.6))
+                = reconstruction − kl                                        (Thm 1.2, (1.10))
 
         The two terms, each (B,), in nats per image with D pixels:
 
@@ -178,80 +147,99 @@ class VAE(nn.Module):
         """
         mu, log_var = self.encode(x)
         x_hat = self.decode(self.reparameterize(mu, log_var))
+        if x_hat.shape != x.shape:
+            raise ValueError(f"the decoder made {tuple(x_hat.shape)} of x {tuple(x.shape)}")
         reconstruction = (-(x - x_hat).square() / (2 * self.decoder_std**2) - self.log_decoder_std
                           - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
         kl = 0.5 * (log_var.exp() - 1 + mu.square() - log_var).sum(1)
         return {"reconstruction": reconstruction, "kl": kl}
 
+    def bits_per_dim(self, x: Tensor) -> Tensor:
+        """A bound on the bits for each pixel of x, as an image of 8-bit pixels: (B,).
+
+            −log P(x)  ≤  −E log [p(x + u) (2/255)^D]  ≤  −E ELBO(x + u) − D log (2/255)
+
+        u is uniform over a pixel's bin, 2/255 wide on [-1, 1] ("A note on the evaluation of
+        generative models", arXiv 1511.01844). One u is drawn for each x.
+        """
+        u = (torch.rand_like(x) - 0.5) * (2 / 255)
+        terms = self.elbo(x + u)
+        elbo = terms["reconstruction"] - terms["kl"]
+        return (-elbo / math.prod(x.shape[1:]) - math.log(2 / 255)) / math.log(2)
+
+    # -------------------------------------------------- §1.3 Optimization in VAE
+
+    def reparameterize(self, mu: Tensor, log_var: Tensor) -> Tensor:
+        """z = μ + σ ⊙ ε, ε ~ N(0, I), (B, d)    ((1.16), Ex. 1.7)
+
+        z ~ q_φ(z | x), as a function of ε and φ: so ∇_φ passes through the expectation, too.
+        """
+        return mu + (0.5 * log_var).exp() * torch.randn_like(mu)
+
     def loss(self, x: Tensor) -> Tensor:
-        """−ELBO / D (§1.3, Thm 1.4): a scalar, the mean over the batch, in nats for each pixel.
+        """−ELBO / D    (Thm 1.4): a scalar, the mean over the batch, in nats for each pixel.
 
         The maximum of (1.35) is the minimum of this. (1.35) prints + before the KL; (1.32) has −.
         """
         terms = self.elbo(x)
-        return (terms["kl"] - terms["reconstruction"]).mean() / x[0].numel()
+        return (terms["kl"] - terms["reconstruction"]).mean() / math.prod(x.shape[1:])
 
     forward = loss  # a module is called through forward, for example by DistributedDataParallel
 
-    def bits_per_dim(self, x: Tensor, terms: dict[str, Tensor] | None = None) -> Tensor:
-        """−ELBO / (D ln 2) of x as 8-bit pixels: (B,).
-
-        The ELBO bounds a density; over a pixel's bin, 2/255 wide, that is a probability of
-        2/255 times as much, if σ_dec is well above 2/255.
-        terms: what `elbo` gave for x; computed here where it is missing.
-        """
-        terms = terms or self.elbo(x)
-        elbo = terms["reconstruction"] - terms["kl"]
-        return (-elbo / x[0].numel() - math.log(2 / 255)) / math.log(2)
-
     @torch.no_grad()
-    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """x̂ = f_θ(z) with z ~ N(0, I): n new images (n, C, H, W) in [-1, 1].
+    def sample(self, z: Tensor) -> Tensor:
+        """x̂ = f_θ(z), for z ~ N(0, I)    (Fig. 1.7): new images, (B, d) -> (B, …).
 
-        §1.3, Fig. 1.7: the mean of p_θ(x | z). A draw of x would add noise of standard deviation
-        σ_dec.
-        generator: on the model's device.
+        This is the mean of p_θ(x | z). A draw of x would add noise of standard deviation σ_dec.
         """
-        weight = next(self.parameters())
-        z = torch.randn(n, self.latent_dim, generator=generator, dtype=weight.dtype,
-                        device=weight.device)
         return self.decode(z)
 
 
-# ------------------------------------------------------------- worked examples: python vae.py
+# -------------------------------------------------- the networks: the paper leaves them open
 
 
-class LinearVAE(VAE):
-    """Ex. 1.3: q_φ(z | x) = N(ax + b, t² I) and p_θ(x | z) = N(cz + v, s² I), d = 64 numbers each.
+def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
+                  channels: int = 16) -> tuple[nn.Module, nn.Module]:
+    """Encoder_φ and Decoder_θ for images (C, H, W), H and W at least 8: convolutions that halve the
+    image twice, and double it twice, `channels` wide at half resolution and twice that at a
+    quarter. Raises ValueError for a smaller image."""
+    C, H, W = image_shape
+    if min(H, W) < 8:
+        raise ValueError(f"H and W must be at least 8, got {tuple(image_shape)}")
+    c, h, w = channels, math.ceil(H / 4), math.ceil(W / 4)
 
-    (The print has p_θ(x | z) as a density of z, with mean cx + v.) With p(z) = N(0, I) this makes
+    def activation(c: int) -> nn.Module:
+        # Without GroupNorm the first steps of training can end in q_φ(z | x) = p(z) and one average
+        # image ("posterior collapse").
+        return nn.Sequential(nn.GroupNorm(math.gcd(8, c), c), nn.SiLU())
 
-        p(x)     = N(v, (c² + s²) I)
-        p(z | x) = N(c (x − v) / (c² + s²), s² / (c² + s²) I)
+    encoder = nn.Sequential(
+        nn.Conv2d(C, c, 3, stride=2, padding=1), activation(c),
+        nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), activation(2 * c),
+        nn.Conv2d(2 * c, 2 * c, 3, padding=1), activation(2 * c),
+        nn.Flatten(), nn.Linear(2 * c * h * w, 16 * c), nn.SiLU(),
+        nn.Linear(16 * c, 2 * latent_dim))
+    decoder = nn.Sequential(
+        nn.Linear(latent_dim, 16 * c), nn.SiLU(), nn.Linear(16 * c, 2 * c * h * w),
+        nn.Unflatten(1, (2 * c, h, w)), activation(2 * c),
+        nn.Conv2d(2 * c, 2 * c, 3, padding=1), activation(2 * c),
+        nn.Conv2d(2 * c, 4 * c, 3, padding=1), nn.PixelShuffle(2), activation(c),
+        nn.Conv2d(c, 4 * C, 3, padding=1), nn.PixelShuffle(2), nn.Tanh(),
+        nn.ZeroPad2d((0, W - 4 * w, 0, H - 4 * h)))  # cuts off: 4 ⌈H/4⌉ may be more than H
+    return encoder, decoder
+
+
+# -------------------------------------------------- worked examples: python vae.py
+
+
+def linear_vae(a: float, b: float, t: float, c: float | Tensor, v: float | Tensor,
+               s: float) -> VAE:
+    """Ex. 1.3: q_φ(z | x) = N(ax + b, t² I) and p_θ(x | z) = N(cz + v, s² I).
+
+    (The print has p_θ(x | z) as a density of z, with mean cx + v.)
     """
-
-    def __init__(self, a: float, b: float, t: float, c: float, v: float, s: float):
-        super().__init__((1, 8, 8), latent_dim=64, decoder_std=s)
-        self.t, self.s = t, s
-        self.a, self.b, self.c, self.v = (
-            nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (a, b, c, v))
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu = self.a * x.flatten(1) + self.b
-        return mu, torch.full_like(mu, 2 * math.log(self.t))
-
-    def decode(self, z: Tensor) -> Tensor:
-        return (self.c * z + self.v).view(-1, 1, 8, 8)
-
-    def gap(self, x: Tensor) -> Tensor:
-        """KL(q_φ(z | x) ‖ p(z | x)): (B,)."""
-        total = self.c**2 + self.s**2
-        posterior = Normal(self.c * (x.flatten(1) - self.v) / total, self.s / total.sqrt())
-        return kl_divergence(Normal(self.encode(x)[0], self.t), posterior).sum(1)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x): (B,)."""
-        return Normal(self.v, (self.c**2 + self.s**2).sqrt()).log_prob(x.flatten(1)).sum(1)
+    return VAE(lambda x: torch.cat([a * x + b, torch.full_like(x, 2 * math.log(t))], dim=1),
+               lambda z: c * z + v, s)
 
 
 def examples() -> list[tuple[str, float, float, float | None]]:
@@ -287,71 +275,80 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         (pi * Normal(mu, sigma).log_prob(grid[:, None]).exp()).amax(1), grid),
         mixture.encode(mixture.decode(k)) == k)
 
-    # x ~ N(μ, σ² I), and the encoder and decoder of Ex. 1.4 and 1.5 apart from their variances.
-    # The model's p(x) is N(μ, (σ² + s²) I), the data's density only in the limit s → 0.
+    # x ~ N(μ, σ² I) in d = 64 dimensions. With linear networks p(x) and p(z | x) are known:
+    #     p(x) = N(v, (c² + s²) I)        p(z | x) = N(c (x − v) / (c² + s²), s² / (c² + s²) I)
     d, mu, sigma = 64, 0.3, 0.5
-    x_many = mu + sigma * torch.randn(50_000, 1, 8, 8, dtype=torch.float64)
+    x_many = mu + sigma * torch.randn(50_000, d, dtype=torch.float64)
     x = x_many[:1]
-    log_data = Normal(mu, sigma).log_prob(x).sum()
 
-    def matched(t: float, s: float) -> LinearVAE:
-        return LinearVAE(a=1 / sigma, b=-mu / sigma, t=t, c=sigma, v=mu, s=s)
-
-    def elbo(vae: LinearVAE, x: Tensor = x.expand(50_000, -1, -1, -1)) -> Tensor:
+    def elbo(vae: VAE, x: Tensor = x.expand(50_000, d)) -> Tensor:
         terms = vae.elbo(x)
         return terms["reconstruction"] - terms["kl"]
 
-    vae = matched(t=0.5, s=0.5)
-    row("Ex. 1.3   σ² | variance of x̂ = cz + v, z ~ N(0, I), where c = σ, v = μ", sigma**2,
-        (vae.sample(50_000).flatten(1)[:, 0] - mu)**2)
-    vae = LinearVAE(a=1.5, b=-0.2, t=0.7, c=0.6, v=0.1, s=0.8)
-    mu_z, log_var = vae.encode(x.expand(50_000, -1, -1, -1))
-    q = Normal(mu_z, (0.5 * log_var).exp())
-    z = q.sample()
-    ratio = (Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(1) + Normal(
-        vae.decode(z).flatten(1), vae.s).log_prob(x.flatten(1)).sum(1)
-    row("Thm 1.1   log p(x) − KL(q ‖ p(z | x)) | E_q log p(x, z)/q(z | x), Def. 1.3",
-        vae.log_prob(x) - vae.gap(x), ratio)
-    row("Thm 1.2   log p(x) − KL(q ‖ p(z | x)) | reconstruction − kl, by VAE.elbo",
-        vae.log_prob(x) - vae.gap(x), elbo(vae))
-    for a in (1 / sigma, 0.8 / sigma):
-        vae = LinearVAE(a=a, b=-mu / sigma, t=0.1, c=sigma, v=mu, s=0.1 * sigma)
-        row(f"Ex. 1.4   KL(q ‖ p(z | x)) | log p(x) − ELBO, t = 0.1, a = {a * sigma:.1f}/σ",
-            vae.gap(x), vae.log_prob(x) - elbo(vae))
-    row("          0 | KL(q ‖ p(z | x)), t = 0.0001, a = 1/σ", 0,
-        matched(1e-4, 1e-4 * sigma).gap(x))
+    def log_p(x: Tensor, c: float, v: float, s: float) -> Tensor:
+        return Normal(v, math.hypot(c, s)).log_prob(x).sum(1)
 
-    vae = matched(t=1e-9, s=0.1)
-    reconstruction = vae.elbo(x)["reconstruction"].sum()
+    def gap(x: Tensor, a: float, b: float, t: float, c: float, v: float, s: float) -> Tensor:
+        """KL(q_φ(z | x) ‖ p(z | x))."""
+        posterior = Normal(c * (x - v) / (c**2 + s**2), s / math.hypot(c, s))
+        return kl_divergence(Normal(a * x + b, t), posterior).sum(1)
+
+    a, b, t, c, v, s = numbers = 1.5, -0.2, 0.7, 0.6, 0.1, 0.8
+    vae = linear_vae(*numbers)
+    row("Ex. 1.3   c² + s² | variance of x ~ p_θ(x | z), z ~ N(0, I)", c**2 + s**2,
+        (vae.sample(torch.randn(50_000, d)) + s * torch.randn(50_000, d) - v)[:, 0]**2)
+    q = Normal(a * x.expand(50_000, d) + b, t)
+    z = q.sample()
+    ratio = (Normal(0.0, 1.0).log_prob(z) + Normal(vae.decode(z), s).log_prob(x)
+             - q.log_prob(z)).sum(1)
+    row("Thm 1.1   log p(x) − KL(q ‖ p(z | x)) | E_q log p(x, z)/q(z | x), Def. 1.3",
+        log_p(x, c, v, s) - gap(x, *numbers), ratio)
+    row("Thm 1.2   log p(x) − KL(q ‖ p(z | x)) | reconstruction − kl, by VAE.elbo",
+        log_p(x, c, v, s) - gap(x, *numbers), elbo(vae))
+
+    # The encoder and the decoder of Ex. 1.4 and 1.5 apart from their variances t² and s².
+    def matched(t: float, s: float, share: float = 1.0) -> tuple[float, ...]:
+        return share / sigma, -mu / sigma, t, sigma, mu, s
+
+    for share in (1.0, 0.8):
+        numbers_ = matched(0.1, 0.1 * sigma, share)
+        row(f"Ex. 1.4   KL(q ‖ p(z | x)) | log p(x) − ELBO, t = 0.1, a = {share}/σ",
+            gap(x, *numbers_), log_p(x, *numbers_[3:]) - elbo(linear_vae(*numbers_)))
+    row("          0 | KL(q ‖ p(z | x)), t = 0.0001, a = 1/σ", 0,
+        gap(x, *matched(1e-4, 1e-4 * sigma)))
+
+    c, v = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (sigma, mu))
+    reconstruction = linear_vae(1 / sigma, -mu / sigma, 1e-9, c, v, 0.1).elbo(x)["reconstruction"]
     row("Ex. 1.5   −(d/2) log 2π − d log s, for s = 0.1 | reconstruction, t → 0",
         -d / 2 * math.log(2 * math.pi) - d * math.log(0.1), reconstruction)
-    slopes = torch.autograd.grad(reconstruction, (vae.c, vae.v))
     row("          0 | its largest slope in c and v, at c = σ, v = μ", 0,
-        torch.stack(slopes).abs().max())
+        torch.stack(torch.autograd.grad(reconstruction.sum(), (c, v))).abs().max())
     row("          −½ log 2π − log s, as printed, without d | reconstruction",
         -0.5 * math.log(2 * math.pi) - math.log(0.1), reconstruction, differ=True)
 
+    # Here p(x) is the data's, N(μ, σ² I), which the model's is only in the limit s → 0.
+    log_data = log_p(x, 0, mu, sigma)
     row("Ex. 1.6   ½ (t²d − d + ‖(x−μ)/σ‖² − 2d log t), for t = 0.5 | kl", 0.5 * (
         0.25 * d - d + ((x - mu) / sigma).square().sum() - 2 * d * math.log(0.5)),
-        matched(0.5, 0.5).elbo(x)["kl"])
+        linear_vae(*matched(0.5, 0.5)).elbo(x)["kl"])
     row("          −(d/2) log 2π − d log s − σ²d/2s², t = 1, s = σ | reconstruction",
         -d / 2 * math.log(2 * math.pi) - d * math.log(sigma) - d / 2,
-        matched(1, sigma).elbo(x.expand(50_000, -1, -1, -1))["reconstruction"])
+        linear_vae(*matched(1, sigma)).elbo(x.expand(50_000, d))["reconstruction"])
     for t in (1.0, 0.5, 0.1):
         row(f"          −t²d/2 | ELBO − log N(x | μ, σ² I), for t = {t}, s = σt", -t**2 * d / 2,
-            elbo(matched(t, t * sigma)) - log_data)
+            elbo(linear_vae(*matched(t, t * sigma))) - log_data)
     row("          −d/2, the best by the print | ELBO − log N(x | μ, σ² I), t = 0.001", -d / 2,
-        elbo(matched(1e-3, 1e-3 * sigma)) - log_data, differ=True)
+        elbo(linear_vae(*matched(1e-3, 1e-3 * sigma))) - log_data, differ=True)
 
-    mu, log_var = (torch.full((1_000_000, 1), value, requires_grad=True) for value in (0.7, -0.4))
-    vae.reparameterize(mu, log_var).square().sum().backward()  # any VAE's
+    mean, log_var = (torch.full((1_000_000, 1), value, requires_grad=True) for value in (0.7, -0.4))
+    vae.reparameterize(mean, log_var).square().sum().backward()
     row("Ex. 1.7   2μ, for μ = 0.7 | slope of E z² in μ, through z = μ + σε", 1.4,
-        mu.grad.flatten())
+        mean.grad.flatten())
     row("          σ², for log σ² = −0.4 | slope of E z² in log σ²", math.exp(-0.4),
         log_var.grad.flatten())
     log_var.grad = None
-    z = vae.reparameterize(mu, log_var)
-    Normal(mu, (0.5 * log_var).exp()).log_prob(z).sum().neg().backward()
+    z = vae.reparameterize(mean, log_var)
+    Normal(mean, (0.5 * log_var).exp()).log_prob(z).sum().neg().backward()
     row("Ex. 1.8   ½ | slope of E[−log q(z | x)] in log σ²", 0.5, log_var.grad.flatten())
 
     m, S = torch.randn(2, 3).double(), torch.randn(2, 3, 3).double()
@@ -361,13 +358,12 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         (inverse @ S[0]).trace() - 3 + difference @ inverse @ difference
         + (S[1].det() / S[0].det()).log()),
         kl_divergence(MultivariateNormal(m[0], S[0]), MultivariateNormal(m[1], S[1])))
-    vae = LinearVAE(a=1.5, b=-0.2, t=0.7, c=0.6, v=0.1, s=0.8)
-    kl = kl_divergence(Normal(vae.encode(x)[0], 0.7), Normal(0.0, 1.0)).sum()
-    squares = vae.encode(x)[0].square().sum()
+    mean, log_var = vae.encode(x)
+    kl = kl_divergence(Normal(mean, (0.5 * log_var).exp()), Normal(0.0, 1.0)).sum()
     row("(1.26)    KL by torch.distributions | kl of VAE.elbo", kl, vae.elbo(x)["kl"])
     row("          with 2 log σ_φ for 2d log σ_φ: one of (1.34), (1.35) | KL", 0.5 * (
-        0.49 * d - d + squares - 2 * math.log(0.7)), kl, differ=True)
-    exact = vae.log_prob(x_many) - vae.gap(x_many)
+        0.49 * d - d + mean.square().sum() - 2 * math.log(0.7)), kl, differ=True)
+    exact = log_p(x_many, *numbers[3:]) - gap(x_many, *numbers)
     row("Thm 1.4   mean of log p(x) − KL(q ‖ p(z | x)) | −d · VAE.loss, 50,000 x", exact,
         -d * vae.loss(x_many))
     terms = vae.elbo(x_many)
@@ -377,6 +373,9 @@ def examples() -> list[tuple[str, float, float, float | None]]:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's, or a file's, would be
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no traceback
     torch.manual_seed(0)
     print(f"{'formula | what computes it':76}{'formula':>12}{'computed':>12}{'tolerance':>11}")
     for what, formula, computed, tolerance in examples():
