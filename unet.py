@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The denoiser, x̂_θ(x_t) of §2.4 or ε̂_θ(x_t) of §2.5 in version 3, January 2025, of the tutorial
-(arXiv 2403.18103), or the velocity v̂_θ(x_t) of ddpm.py: whichever it is trained to be.
+(arXiv 2403.18103): whichever it is trained to be.
 
 The tutorial leaves the network open: anything that maps a noisy image x_t and its time t to an
 image of the same shape will do. This is the U-Net of "Denoising Diffusion Probabilistic Models"
@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+KAPPA = 8.0  # of `UNet.combine`
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
@@ -93,14 +95,15 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Conv2d(c, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H·W, 3c)
+        # (B, H·W, 3c), its last dimension contiguous: torch's fused kernels ask for that.
+        tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
         q, k, v = tokens[:, None].chunk(3, dim=-1)  # one head: (B, 1, H·W, c) each
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.out(h.transpose(1, 2).reshape(x.shape))
 
 
 class UNet(nn.Module):
-    """x̂_θ, ε̂_θ or v̂_θ: x_t (B, C, H, W) and t (B,) -> (B, C, H, W).
+    """x̂_θ or ε̂_θ: x_t (B, C, H, W) and t (B,) -> (B, C, H, W).
 
     H and W must be divisible by 2^(levels − 1), where levels = len(multipliers).
 
@@ -113,6 +116,8 @@ class UNet(nn.Module):
             of the middle's first block is always there.
         dropout: probability inside the residual blocks.
         fourier: the n of `fourier_features`, whole numbers from 0 to 8.
+        alphas: α_1, …, α_T of the chain, for an ε̂_θ that is put together from a noise and an image
+            (see `combine`).
 
     UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1) is the
     CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters.
@@ -124,24 +129,17 @@ class UNet(nn.Module):
     def __init__(self, image_channels: int = 1, channels: int = 16,
                  multipliers: Sequence[int] = (1, 2, 4), blocks: int = 1,
                  attention: Sequence[int] = (), dropout: float = 0.0,
-                 fourier: Sequence[int] = ()):
+                 fourier: Sequence[int] = (), alphas: Tensor | None = None):
         super().__init__()
-        if not isinstance(image_channels, int) or image_channels < 1:
-            raise ValueError(f"image_channels must be a whole number from 1, got {image_channels}")
-        if not isinstance(channels, int) or channels < 4 or channels % 4:
+        if channels < 4 or channels % 4:
             raise ValueError(f"channels must be a positive multiple of 4, got {channels}")
-        if not multipliers or not all(isinstance(m, int) and m >= 1 for m in multipliers):
-            raise ValueError(f"multipliers must be one or more numbers from 1, got {multipliers}")
-        if not isinstance(blocks, int) or blocks < 1:
-            raise ValueError(f"blocks must be a whole number from 1, got {blocks}")
+        if blocks < 1 or not multipliers or min(multipliers) < 1:
+            raise ValueError("blocks and multipliers must be whole numbers from 1, "
+                             f"got {blocks}, {multipliers}")
         if not set(attention) <= set(range(len(multipliers))):
             raise ValueError(f"attention must name levels from 0 to {len(multipliers) - 1}, "
                              f"got {attention}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if not set(fourier) <= set(range(9)):
-            raise ValueError(f"fourier must be whole numbers from 0 to 8, got {fourier}")
-        self.image_channels, self.channels, self.fourier = image_channels, channels, fourier
+        self.channels, self.fourier = channels, fourier
         self.stride = 2 ** (len(multipliers) - 1)
 
         c_time = 4 * channels
@@ -173,16 +171,17 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
                                              nn.Conv2d(c, c, 3, padding=1)))
+        self.register_buffer("mix", None, persistent=False)  # (T + 1, 3): row t is `combine`'s
+        if alphas is not None:
+            alpha_bar = alphas.double().cumprod(0)
+            w = KAPPA * alpha_bar / (KAPPA * alpha_bar + 1 - alpha_bar)
+            rows = torch.stack([w, (1 - w) / (1 - alpha_bar).sqrt(), alpha_bar.sqrt()], dim=1)
+            self.mix = F.pad(rows, (0, 0, 1, 0)).float()
+        outputs = image_channels * (1 if alphas is None else 2)
         self.head = nn.Sequential(
-            group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, image_channels, 3, padding=1)))
+            group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, outputs, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.image_channels or not x.is_floating_point():
-            raise ValueError(f"x must be float (B, {self.image_channels}, H, W), "
-                             f"got {x.dtype} {tuple(x.shape)}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must be ({len(x)},), one time for each image, "
-                             f"got {tuple(t.shape)}")
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"images of {x.shape[2]}×{x.shape[3]} pixels: height and width must "
                              f"be divisible by {self.stride}, one halving a level")
@@ -199,4 +198,20 @@ class UNet(nn.Module):
                 h = layer(torch.cat([h, skips.pop()], dim=1), time)
             else:
                 h = layer(h)
-        return self.head(h)
+        output = self.head(h)
+        return output if self.mix is None else self.combine(output, x, t)
+
+    def combine(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """ε̂_θ = w ε̂ + (1 − w) (x_t − √ᾱ_t x̂) / √(1 − ᾱ_t),      w = κ snr / (1 + κ snr),
+
+        where ε̂ and x̂ are the output's halves and snr = ᾱ_t / (1 − ᾱ_t): the mean of two estimates
+        of ε, the second by way of the image. In almost pure noise ε̂_θ must be x_t to a few per cent,
+        and these are the picture: more than a network full of norms can say, and more than bfloat16
+        can hold. There it has only to say what x̂ is. An error of x̂ counts √snr times. So w is the
+        weight of least variance if the square of x̂'s error is κ times that of ε̂'s; a κ of 1 (a
+        velocity network, arXiv 2202.00512) mixes in too much of x̂ at small t. Two outputs are from
+        "Dynamic Dual-Output Diffusion Models" (arXiv 2203.04304).
+        """
+        noise_hat, x0_hat = output.to(x.dtype).chunk(2, dim=1)
+        w, v, root = self.mix[t].view(-1, 3, 1, 1, 1).unbind(1)
+        return w * noise_hat + v * (x - root * x0_hat)
