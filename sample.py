@@ -5,30 +5,20 @@ Fig. 1.7): decode z ~ N(0, I). DDPM (§2.4, "Inference of DDPM", and §2.5, "…
 reverse chain from x_T ~ N(0, I) to x_0, through all T steps or, with --steps, through a few of
 DDIM's (§2.6).
 
-The second half serves train.py, too: checkpoints, files, devices, pictures, mistakes.
+The second half serves train.py, too: models and checkpoints, devices, pictures, mistakes.
 """
 import argparse
 import contextlib
 import io
 import math
 import os
-import re
-import signal
 import struct
 import sys
-import tempfile
-import traceback
+import time
 import warnings
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    import msvcrt
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without it
 
@@ -37,38 +27,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm import DDPM
+from ddpm import DDPM, cauchy_alphas, cosine_alphas, linear_alphas
 from unet import UNet
-from vae import VAE
+from vae import VAE, conv_networks
 
-BATCH = 256  # images drawn at a time, so that memory does not grow with -n
+BATCH = 64  # images drawn at a time, so that memory does not grow with -n
 CHAIN_FRAMES = 60  # of the animation, at most
 STRIP_FRAMES, STRIP_IMAGES = 11, 8  # columns and rows of the film strip
 LATENT_SIDE = 20  # images along each side of the latent grid
-DDPM_ONLY, VAE_ONLY = ("steps", "eta", "chain", "strip", "compile"), ("latent-grid",)  # options
-FORMAT = 3  # of checkpoints
+FORMAT = 4  # of checkpoints
 
 
-# ------------------------------------------------------------------------------ drawing
-
-
-def draw(model: nn.Module, n: int, steps: int | None, eta: float, generator: torch.Generator,
+def draw(model: nn.Module, noise: Tensor, steps: int | None, eta: float,
          keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """n images as uint8 (n, C, H, W), under a progress bar, and of a DDPM's first batch also what
-    it was after i steps, for every i in keep."""
-    images, film = [], {}
-    batches = [min(BATCH, n - start) for start in range(0, n, BATCH)]
-    length = (steps or model.T) if isinstance(model, DDPM) else 1
-    with tqdm(total=length * len(batches), unit="step", desc="sampling") as bar:
-        for batch in batches:
-            if isinstance(model, DDPM):
-                for i, (_, x) in enumerate(model.chain(batch, steps, eta, generator)):
-                    bar.update(i > 0)  # the first is x_T itself
-                    if i in keep and not images:
-                        film[i] = to_uint8(x)
+    """Images from z or x_T as uint8 (n, C, H, W), under a progress bar, and of a DDPM's first batch
+    also what it was after i steps, for every i in keep."""
+    images, film = [], {0: to_uint8(noise[:BATCH])}
+    length = steps or getattr(model, "T", 1)
+    with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
+        for x in noise.split(BATCH):
+            if isinstance(model, VAE):
+                chain = [(0, model.sample(x))]
             else:
-                x = model.sample(batch, generator)
+                chain = model.ddim_chain(x, steps, eta) if steps else model.reverse_chain(x)
+            for i, (_, x) in enumerate(chain, start=1):
                 bar.update()
+                if i in keep and not images:
+                    film[i] = to_uint8(x)
             images.append(to_uint8(x))
     return torch.cat(images), film
 
@@ -78,12 +63,11 @@ def evenly(last: int, count: int) -> list[int]:
     return sorted(set(torch.linspace(0, last, count).round().int().tolist()))
 
 
-@torch.no_grad()
 def latent_grid(model: VAE, device: torch.device) -> Tensor:
     """f_θ(z) for a square of z = (z_1, z_2), z_1 growing to the right and z_2 upwards, whose
     lines lie closer where N(0, I) is denser: equal steps of its distribution function."""
     z = torch.special.ndtri((torch.arange(LATENT_SIDE) + 0.5) / LATENT_SIDE).to(device)
-    return model.decode(torch.cartesian_prod(-z, z).flip(1))
+    return model.sample(torch.cartesian_prod(-z, z).flip(1))
 
 
 # ------------------------------------------------------------------------------ command line
@@ -93,15 +77,16 @@ def parse_args(argv: list[str] | None) -> tuple["Parser", argparse.Namespace]:
     parser = Parser(prog="sample.py", description="Draw new images from a trained model.")
     add = parser.add_argument
     add("--checkpoint", type=Path, help="default: the newest runs/*/checkpoint.pt")
-    add("-n", type=number(int, 1, 10**7), default=64, help="how many images (default: 64)")
+    add("-n", type=number(int, 1), default=64, help="how many images (default: 64)")
     add("--steps", type=number(int, 1), help="ddpm: DDIM with this many steps (default: all T "
         "steps of the reverse chain)")
     add("--eta", type=number(float, 0, 1), help="ddpm, with --steps: DDIM's share of fresh noise, "
         "0 to 1 (default: 1)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(default: 0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all noise: another -n, too, "
+        "makes other images of it (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--compile", action="store_true", help="ddpm: torch.compile the network, with CUDA graphs, "
-        "in a minute or two: for many images on a GPU")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="auto is bf16 autocast on hardware that has bf16 (default: auto)")
     add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
         "(default: samples.png beside the checkpoint)")
     add("--chain", type=Path, metavar="FILE.png",
@@ -112,78 +97,61 @@ def parse_args(argv: list[str] | None) -> tuple["Parser", argparse.Namespace]:
     return parser, parser.parse_args(argv)
 
 
-def check_output(option: str, path: Path):
-    """Raises ValueError where no file of this name can be written, or none should be."""
-    suffixes = (".png", ".pt") if option == "--out" else (".png",)
-    if path.suffix not in suffixes:
-        raise ValueError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
-    if path.name == "checkpoint.pt":
-        raise ValueError(f"{option} {path}: that name is a checkpoint's")
-    if path.is_dir():
-        raise ValueError(f"{option} {path}: a folder has that name")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ValueError(f"{option} {path}: {error.strerror}") from error
-
-
-def newest_checkpoint() -> Path:
-    paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not paths:
-        raise ValueError("no runs/*/checkpoint.pt here: train first, with python train.py "
-                         "--model ddpm, or name a file with --checkpoint")
-    return paths[-1]
-
-
-def prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.device, dict[str, Path]]:
-    """The trained model, its device, and the files to write, by option. All that can be refused is
+def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path]]:
+    """The trained model, z or x_T, and the files to write, by option. All that can be refused is
     refused here, before anything is drawn: ValueError or OSError."""
-    args.checkpoint = args.checkpoint or newest_checkpoint()
+    if args.checkpoint is None:
+        found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise ValueError("no runs/*/checkpoint.pt here: train first, with python train.py "
+                             "--model ddpm, or name a file with --checkpoint")
+        args.checkpoint = found[-1]
     args.out = args.out or args.checkpoint.with_name("samples.png")
     files = {"--out": args.out, "--chain": args.chain, "--strip": args.strip,
              "--latent-grid": args.latent_grid}
     files = {option: path for option, path in files.items() if path}
     for option, path in files.items():
-        check_output(option, path)
-    paths = [args.checkpoint, *files.values()]
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        suffixes = (".png", ".pt") if option == "--out" else (".png",)
+        if path.suffix not in suffixes:
+            raise ValueError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+        if path.name == "checkpoint.pt" or path.is_dir():
+            raise ValueError(f"{option} {path}: that is a {'folder' if path.is_dir() else 'run'}")
+        trial = Path(f"{path}.tmp")  # OSError where the folder is missing, or the name too long
+        trial.touch()
+        trial.unlink()
+    if len({path.resolve() for path in (args.checkpoint, *files.values())}) <= len(files):
         raise ValueError(f"{', '.join(files)}: each needs a file of its own, other than "
                          f"{args.checkpoint}")
+
+    state, model = read_checkpoint(args.checkpoint)
+    config = state["config"]
+    for option in ("steps", "eta", "chain", "strip") if config["model"] == "vae" else (
+            "latent_grid",):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} does not go with {args.checkpoint}, "
+                             f"a {config['model']}")
     if args.eta is not None and args.steps is None:
         raise ValueError("--eta goes with --steps: the full reverse chain has no eta")
-    device = pick_device(args.device)
-    state = read_checkpoint(args.checkpoint)
-    model = build_model(state["config"])
-    model.load_state_dict(state["ema"])
-    foreign, kind = (VAE_ONLY, "vae") if isinstance(model, DDPM) else (DDPM_ONLY, "ddpm")
-    for option in foreign:
-        if getattr(args, option.replace("-", "_")):
-            raise ValueError(f"--{option} is for a {kind}, but {args.checkpoint} is a "
-                             f"{state['config']['model']}")
     if args.steps and args.steps > model.T:
         raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
-    if args.latent_grid and model.latent_dim != 2:
-        raise ValueError(f"--latent-grid: the z of {args.checkpoint} has {model.latent_dim} "
+    if args.latent_grid and config["latent_dim"] != 2:
+        raise ValueError(f"--latent-grid: the z of {args.checkpoint} has {config['latent_dim']} "
                          "numbers; train with --latent-dim 2 for a grid of two")
-    return model.to(device).eval(), device, files
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    return model.to(device), draw_noise(config, args.n).to(device), files
 
 
 def main(argv: list[str] | None = None):
-    set_up_process()
     parser, args = parse_args(argv)
-    memory = "a smaller -n takes less"
-    with one_line(parser, (ValueError, OSError), memory):
-        model, device, files = prepare(args)
-    eta = 1.0 if args.eta is None else args.eta
-    if args.compile:
-        model.denoiser.compile(mode="reduce-overhead")
-    length = args.steps or getattr(model, "T", None)
-    chain = evenly(length, CHAIN_FRAMES) if args.chain else []
-    strip = evenly(length, STRIP_FRAMES) if args.strip else []
-    generator = torch.Generator(device).manual_seed(args.seed)
-    with one_line(parser, (OSError,), memory):
-        with autocast(device):
-            images, film = draw(model, args.n, args.steps, eta, generator, chain + strip)
+    try:
+        model, noise, files = prepare(args)
+        length = args.steps or getattr(model, "T", 1)
+        chain = evenly(length, CHAIN_FRAMES) if args.chain else []
+        strip = evenly(length, STRIP_FRAMES) if args.strip else []
+        with autocast(noise.device, args.precision):
+            images, film = draw(model, noise, args.steps, 1.0 if args.eta is None else args.eta,
+                                chain + strip)
         if args.out.suffix == ".pt":
             save(args.out, images)
         else:
@@ -194,8 +162,10 @@ def main(argv: list[str] | None = None):
             rows = torch.stack([film[i][:STRIP_IMAGES] for i in strip], dim=1)
             write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
         if args.latent_grid:
-            write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, device)))])
-    say(f"wrote {', '.join(map(str, files.values()))}")
+            write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, noise.device)))])
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"wrote {', '.join(map(str, files.values()))}")
 
 
 # ================================================================== shared with train.py
@@ -206,64 +176,67 @@ def main(argv: list[str] | None = None):
 
 def build_model(config: dict) -> nn.Module:
     """The untrained model that a run's options describe."""
-    shape = tuple(config["image_shape"])
+    shape = config["image_shape"]
     if config["model"] == "vae":
-        return VAE(shape, config["latent_dim"], config["channels"], config["decoder_std"])
+        networks = conv_networks(shape, config["latent_dim"], config["channels"])
+        return VAE(*networks, config["decoder_std"])
+    alphas = SCHEDULES[config["schedule"]](config["timesteps"])
     denoiser = UNet(shape[0], config["channels"], config["multipliers"], config["blocks"],
-                    config["attention"], config["dropout"], config["fourier"])
-    return DDPM(denoiser, shape, config["timesteps"], config["schedule"], config["predict"],
-                config["t_sampling"])
+                    config["attention"], config["dropout"], config["fourier"],
+                    alphas if config["predict"] == "noise" else None)
+    return DDPM(denoiser, alphas, config["predict"])
 
 
-def plan_model(config: dict) -> nn.Module:
-    """`build_model` on the meta device, where a tensor has a shape but no memory: what the options
-    make, before it costs anything. Raises ValueError if they make nothing."""
-    with torch.device("meta"):
-        model = build_model(config)
-        if isinstance(model, DDPM):
-            # Raises if H or W does not divide.
-            model.denoiser(torch.zeros(1, *model.image_shape), torch.ones(1))
-    return model
+SCHEDULES = {"cauchy": cauchy_alphas, "cosine": cosine_alphas, "linear": linear_alphas}
 
 
-def read_checkpoint(path: Path) -> dict:
-    """What train.py saved, with weights that fit its model. OSError or ValueError if it is not."""
+def draw_noise(config: dict, n: int) -> Tensor:
+    """z ~ N(0, I), (n, d), or x_T ~ N(0, I), (n, C, H, W): on the CPU, so the same everywhere."""
+    return torch.randn(n, *([config["latent_dim"]] if config["model"] == "vae" else
+                            config["image_shape"]))
+
+
+def load(path: Path):
+    """What torch.save wrote to this file; code in it does not run. OSError or ValueError."""
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes raise almost anything
+            reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0]
+            raise ValueError(f"{path}: not a file of torch.save, a damaged one, or one with more "
+                             f"than tensors and numbers in it (torch says: {reason})") from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
+    """What train.py saved, and the model with the averaged weights, ready to draw from. OSError or
+    ValueError if it is not."""
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: not a checkpoint of train.py")
     if state["format"] != FORMAT:
         raise ValueError(f"{path}: a checkpoint of another version of this code")
-
-    def shapes(weights: dict) -> set:
-        return {(name, tuple(weight.shape)) for name, weight in weights.items()}
-
     try:
-        expected = shapes(plan_model(state["config"]).state_dict())
-        wrong = (shapes(state["model"]) ^ expected) | (shapes(state["ema"]) ^ expected)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint of train.py ({error})") from error
-    if wrong:
-        raise ValueError(f"{path}: the weights {min(wrong)[0]} are missing, or have another shape "
-                         "than the model's")
-    return state
+        model = build_model(state["config"])
+        model.load_state_dict(state["ema"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint ({error})") from error
+    return state, model.eval()
 
 
-# ------------------------------------------------------------------------------ files
-
-
-def write_file(path: Path | str, data: bytes):
+def write_file(path: Path, data: bytes):
     """All of it or nothing: a new file, complete on the disk, takes the old one's place. Whatever
     stops this, `path` is the old file or the new one. Raises OSError."""
-    new = Path(f"{path}.{os.getpid()}.tmp")  # not another process's
-    try:
-        with open(new, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+    new = Path(f"{path}.tmp")
+    with open(new, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    for attempt in range(10):
+        try:
+            return os.replace(new, path)
+        except PermissionError:  # Windows, while somebody reads the old file
+            time.sleep(0.1)
+    os.replace(new, path)
 
 
 def save(path: Path, value):
@@ -273,69 +246,21 @@ def save(path: Path, value):
     write_file(path, buffer.getbuffer())
 
 
-def load(path: Path):
-    """What torch.save wrote to this file. OSError or ValueError for what can't be read.
-
-    weights_only: a file from elsewhere can't run code. torch.save writes a zip archive, of which
-    torch.load checks neither the checksums nor the sizes, and of a part that is marked as a folder
-    it takes what happens to be in memory.
-    """
-    with open(path, "rb") as file:
-        try:
-            archive = zipfile.ZipFile(file)
-            parts = archive.infolist()
-            if (sum(part.file_size for part in parts) > path.stat().st_size
-                    or any(part.external_attr for part in parts) or archive.testzip()):
-                raise zipfile.BadZipFile
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes make zipfile and torch raise almost anything
-            if is_out_of_memory(error):
-                raise
-            raise ValueError(f"{path}: not a file of torch.save, or a damaged one") from error
-
-
-def claim(path: Path) -> BinaryIO:
-    """Open a file to append to it, and lock it until it is closed or this process ends, however it
-    ends. Raises OSError if it can't be opened, ValueError if another process has it."""
-    file = open(path, "ab+", buffering=0)
-    try:
-        if os.name == "nt":  # locks bytes, which nobody else may read then: one far behind the end
-            os.lseek(file.fileno(), 2**30, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise ValueError(f"{path}: another process is writing to it") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
-
-
 # ------------------------------------------------------------------------------ devices
 
 
 def pick_device(name: str) -> torch.device:
-    """The device named "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:N" or
-    "mps".
-
-    Raises ValueError where this machine has no such device.
-    """
+    """The device of this name; "auto" is CUDA where there is one, else the CPU. ValueError, with
+    torch's own reason, where it can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, colon, index = name.partition(":")
-    have = {"cpu": 1, "cuda": torch.cuda.device_count(),
-            "mps": int(torch.backends.mps.is_available())}
-    if kind not in have or (colon and not (kind == "cuda" and index.isdecimal())):
-        raise ValueError(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
-    if int(index or 0) >= have[kind]:
-        raise ValueError(f"--device {name}: this machine has {have[kind]} such devices; "
-                         "--device auto takes what there is")
-    return torch.device(name)
+    try:
+        return torch.ones(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {error}") from error
 
 
-def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware multiplies
     bfloat16 itself (CUDA since Ampere, CPUs with AMX or AVX-512 BF16). Never float16: its
     largest number is 65504, and what passes it is inf."""
@@ -367,7 +292,7 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return F.pad(picture.reshape(C, rows * (H + 2), columns * (W + 2)), (1, 1, 1, 1))
 
 
-def write_png(path: Path | str, frames: list[Tensor], seconds: float = 0.06, last: float = 2.0):
+def write_png(path: Path, frames: list[Tensor], seconds: float = 0.06, last: float = 2.0):
     """Write uint8 frames (C, H, W), C = 1 or 3: one as a PNG, several as an animated PNG.
 
     PNG (ISO/IEC 15948) is a signature and chunks: IHDR, compressed IDAT, IEND. APNG adds acTL
@@ -401,90 +326,37 @@ def write_png(path: Path | str, frames: list[Tensor], seconds: float = 0.06, las
     write_file(path, b"".join(parts))
 
 
-# ------------------------------------------------------------------------ mistakes, the terminal
+# ------------------------------------------------------------------------------ mistakes
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake costs one line on stderr, and exit status 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """The argparse type of numbers from low to high: nan and inf are refused."""
-    def parse(text: str):
+    def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(
-                f"must be {low} or more" + (f" and at most {high}" if high < math.inf else "")
-                + f", got {text}")
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
         return value
-    parse.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's own message
+    parse.__name__ = kind.__name__  # for argparse's own message
     return parse
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception of its own for it; the CPU and mps only say so; torch.save hides it."""
-    told = re.search("out of memory|not enough memory|can't allocate memory", str(error))
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or isinstance(error, RuntimeError) and bool(told)
-            or isinstance(error.__context__, MemoryError))
-
-
-@contextlib.contextmanager
-def one_line(parser: Parser, kinds: tuple[type, ...], memory: str, advice: str = "") -> Iterator:
-    """What a user can mend ends the program with one line and status 2: errors of these kinds, with
-    this advice behind them, and memory that ran out, with the advice `memory`."""
-    try:
-        yield
-    except Exception as error:
-        if not (isinstance(error, kinds) or is_out_of_memory(error)):
-            raise
-        traceback.clear_frames(error.__traceback__)  # lets go of the tensors that they hold
-        parser.error(f"out of memory: {memory}" if is_out_of_memory(error) else
-                     f"{error}{advice}")
-
-
-def set_up_process():
-    """What a program needs of the process it runs in."""
-    # Once glibc has seen a block of this size freed (just under 32 MiB, the most that it learns
-    # from), it keeps what a layer frees for the next one. Until then it hands it back to the kernel
-    # and takes it again, page by page: a fifth of the time.
+def keep_freed_memory():
+    """Once glibc has seen a block of this size freed (just under 32 MiB, the most that it learns
+    from), it keeps what a layer frees for the next one. Until then it hands it back to the kernel
+    and takes it again, page by page: a fifth of the time on a CPU."""
     torch.empty(31 * 2**20, dtype=torch.uint8)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by `2>&-`
-            setattr(sys, name, open(os.devnull, "w"))
-        if isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="replace")  # not every terminal has a ×
-    if isinstance(sys.stderr, io.TextIOWrapper):
-        encoding = sys.stderr.encoding
-        sys.stderr = Stderr(sys.stderr.detach(), encoding, "replace", line_buffering=True)
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
-
-
-class Stderr(io.TextIOWrapper):
-    """Whose reader may go (`2>&1 | tee`, a closed terminal): that is no reason to lose a run."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            super().write(text)
-        return len(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            super().flush()
-
-
-def say(line: str):
-    """Print; from the moment on when nobody reads stdout any more (`| head -1`), on stderr."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        sys.stdout = sys.stderr
-        print(line)
 
 
 if __name__ == "__main__":
-    main()
+    keep_freed_memory()
+    try:
+        main()
+    except KeyboardInterrupt:  # needs no traceback
+        sys.exit(130)
