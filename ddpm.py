@@ -72,10 +72,10 @@ def cauchy_alphas(T: int) -> Tensor:
     ("Improved Noise Schedule for Diffusion Training", arXiv 2407.03297, which has this one).
 
     For the pictures half of the steps lie within s of μ, where x_t is mostly noise and the picture
-    takes shape. For the bound the tails are heavy: in log snr (2.43) is about ½ ‖ε̂_θ − ε‖² per
-    unit, at the small t as well, where the snr of the cosine schedule doubles with every step and
-    the sum is far above the integral. And σ = 0.002 at t = 1 is small in a pixel's bin of 0.008, so
-    that the reconstruction term costs little. μ and s were found by trial.
+    takes shape. For the bound the tails are heavy: (2.43) is about ½ ‖ε̂_θ − ε‖² for a unit of
+    log snr, at the small t as well, where a step of the cosine schedule up to doubles the snr and
+    the sum lies well above the integral. And σ = 0.002 at t = 1 is small beside a pixel's bin of
+    0.008, so that the reconstruction term costs little. μ and s were found by trial.
     """
     mu, s = -2.0, 1.1
     first, last = (math.atan((log_snr - mu) / s) for log_snr in (12.4, -7.5))

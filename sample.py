@@ -31,7 +31,7 @@ from ddpm import DDPM, cauchy_alphas, cosine_alphas, linear_alphas
 from unet import UNet
 from vae import VAE, conv_networks
 
-BATCH = 64  # images drawn at a time, so that memory does not grow with -n
+BATCH = 256  # images drawn at a time, so that memory does not grow with -n
 CHAIN_FRAMES = 60  # of the animation, at most
 STRIP_FRAMES, STRIP_IMAGES = 11, 8  # columns and rows of the film strip
 LATENT_SIDE = 20  # images along each side of the latent grid
