@@ -77,7 +77,7 @@ def cauchy_alphas(T: int) -> Tensor:
     the sum lies well above the integral. And σ = 0.002 at t = 1 is small beside a pixel's bin of
     0.008, so that the reconstruction term costs little. μ and s were found by trial.
     """
-    mu, s = -1.5, 1.0
+    mu, s = -2.0, 1.1
     first, last = (math.atan((log_snr - mu) / s) for log_snr in (12.4, -7.5))
     alpha_bar = (mu + s * torch.linspace(first, last, T, dtype=torch.float64).tan()).sigmoid()
     return alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1.0)

@@ -218,7 +218,7 @@ class TestSchedules(Test):
     def test_cauchy_is_the_distribution_of_log_snr(self):
         # By torch.distributions: log snr(t) has the quantiles of a Cauchy, cut off at both ends.
         alpha_bar = cauchy_alphas(1001).cumprod(0)
-        quantiles = torch.distributions.Cauchy(-1.5, 1.0).cdf((alpha_bar / (1 - alpha_bar)).log())
+        quantiles = torch.distributions.Cauchy(-2.0, 1.1).cdf((alpha_bar / (1 - alpha_bar)).log())
         self.assertClose(quantiles, torch.linspace(*quantiles[[0, -1]].tolist(), 1001), rtol=1e-5)
         self.assertClose((1 - alpha_bar[0]).sqrt(), 0.00203, rtol=0.01)
 

@@ -40,7 +40,7 @@ from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, draw_noise
 
 # The options that --model brings with it, and their defaults.
 DEFAULTS = {
-    "ddpm": dict(steps=5600, batch_size=40, lr=4e-3, seed=0, timesteps=1000, schedule="cauchy",
+    "ddpm": dict(steps=5600, batch_size=40, lr=3e-3, seed=0, timesteps=1000, schedule="cauchy",
                  predict="noise", channels=16, multipliers=[1, 2, 4], blocks=1, attention=[],
                  dropout=0.0, fourier=[3, 5]),
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
