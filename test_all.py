@@ -495,13 +495,14 @@ class TestMeta(Test):
                       "precision": "fp32"}
             added = []
             with mock.patch.object(train.torch.optim, "Adam", unfused), \
-                    mock.patch.multiple(train.Log, checkpoint=mock.DEFAULT, __enter__=mock.DEFAULT,
-                                        __exit__=lambda *exception: None,
+                    mock.patch.object(train, "trim"), \
+                    mock.patch.multiple(train.Log, checkpoint=mock.DEFAULT,
                                         add=lambda log, loss: log.losses.append(loss) or
                                         added.append(loss)), \
+                    contextlib.redirect_stderr(io.StringIO()), \
                     self.assertRaisesRegex(RuntimeError, "meta"):
                 train.train(config, None, model.to("meta"), images, images, torch.device("meta"),
-                            None)
+                            Path())
             self.assertEqual(len(added), train.ROW)
 
     def test_vae(self):
@@ -1145,7 +1146,7 @@ class TestRuns(CommandTest):
             self.assertNotIn("ELBO", output)
             output, status = self.in_process(*options, "--resume")
             self.assertEqual(status, 0)
-            self.assertRegex(output, "already at step 16 of 16.*\ntest ELBO")
+            self.assertRegex(output, "on from step 16 of 16.*\ntest ELBO")
 
     def test_killed_in_the_last_pictures(self):
         options = self.train("vae", "--steps", 16)

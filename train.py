@@ -90,11 +90,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         network = DistributedDataParallel(model, broadcast_buffers=False,
                                           gradient_as_bucket_view=True)
 
-    if state and RANK == 0:  # of a finished run that goes on the rate rises again
-        print(f"on from step {step:,} of {log.total:,}, at a learning rate of "
-              f"{schedule.get_last_lr()[0]:.1e}" if step < log.total else
-              f"already at step {step:,} of {log.total:,}: nothing left to train", flush=True)
-    with log, caught_signals() as signals:
+    with log.bar, caught_signals() as signals:
         log.checkpoint(step, model, ema, optimizer)  # from here on there is one to go on from
         stop = 0  # or the number of a signal
         while step < log.total and not stop:
@@ -193,24 +189,22 @@ class Log:
 
     def __init__(self, config: dict, state: dict | None, out: Path):
         self.config, self.out, self.losses = config, out, []
-        self.batch_size, self.start_step = config["batch_size"], state["step"] if state else 0
+        step, self.batch_size = state["step"] if state else 0, config["batch_size"]
         self.steps_per_epoch = config["images"] // self.batch_size
         self.total = config["steps"] or config["epochs"] * self.steps_per_epoch
         # Pictures are drawn every so many steps: after an epoch, or after several.
-        epochs = self.total / self.steps_per_epoch
-        self.interval = self.steps_per_epoch * math.ceil(epochs / PICTURES)
+        self.interval = self.steps_per_epoch * math.ceil(
+            self.total / self.steps_per_epoch / PICTURES)
         self.start = self.saved = time.perf_counter()
         self.seconds_before = state["seconds"] if state else 0.0
-        self.row_step, self.row_seconds = self.start_step, self.seconds_before
-
-    def __enter__(self):
+        self.row_step, self.row_seconds = step, self.seconds_before
+        if state and RANK == 0:  # of a finished run that goes on the rate rises again
+            print(f"on from step {step:,} of {self.total:,}, at a learning rate of "
+                  f"{config['lr'] * lr_share(step, self.total):.1e}", flush=True)
+        self.bar = tqdm(total=self.total * self.batch_size, initial=step * self.batch_size,
+                        unit=" images", unit_scale=True, disable=RANK > 0)
         if RANK == 0:
-            trim(self.out / "metrics.csv", self.start_step)
-        self.bar = tqdm(total=self.total * self.batch_size, unit=" images", unit_scale=True,
-                        initial=self.start_step * self.batch_size, disable=RANK > 0)
-
-    def __exit__(self, *exception):
-        self.bar.close()
+            trim(self.out / "metrics.csv", step)
 
     def add(self, loss: Tensor):
         self.losses.append(loss)
@@ -267,7 +261,7 @@ def check_finite(step: int, *values: Tensor):
 def trim(path: Path, step: int):
     """Leave metrics.csv with its head and the rows up to this step. Rows after the last checkpoint
     are cut off: those steps will be taken again."""
-    rows = path.read_text().splitlines(keepends=True) if step else []
+    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
     path.write_text("step,epoch,loss,lr,images_per_second,seconds\n" + "".join(
         row for row in rows[1:] if row.endswith("\n") and int(row.partition(",")[0]) <= step))
 
@@ -465,15 +459,15 @@ def main(argv: list[str] | None = None):
     parser, options = parse_args(argv)
     try:
         config, state, model, images, test, device, out = arguments = prepare(options)
+        if RANKS > 1:
+            # DistributedDataParallel imports this, too, but later. Its functions take the process
+            # group of the moment for a default argument; if that is ours, it outlives its
+            # destruction, and gloo's threads can abort the exit.
+            from torch.distributed.nn import functional  # noqa: F401
+            nccl = device.type == "cuda" and distributed.is_nccl_available()  # not on Windows
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    if RANKS > 1:
-        # DistributedDataParallel imports this, too, but later. Its functions take the process group
-        # of the moment for a default argument; if that is ours, it outlives its destruction, and
-        # gloo's threads can abort the exit.
-        from torch.distributed.nn import functional  # noqa: F401
-        cuda = device.type == "cuda" and distributed.is_nccl_available()  # not on Windows
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if RANK == 0:
         size = sum(parameter.numel() for parameter in model.parameters())
         print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
