@@ -207,11 +207,11 @@ class UNet(nn.Module):
         where ε̂ and x̂ are the output's halves and snr = ᾱ_t / (1 − ᾱ_t): the mean of two estimates
         of ε, the second by way of the image. In almost pure noise ε̂_θ must be x_t to a few per
         cent, and these are the picture: more than a network full of norms can say, and more than
-        bfloat16 can hold. There it has only to say what x̂ is. In the second estimate an error of
-        x̂ counts √snr times, so w is the weight of least variance if its square is κ times that of
-        ε̂'s error. κ = 1, a velocity network (arXiv 2202.00512), mixes in too much of x̂ at small t; 8
-        was found by trial. The two outputs are from "Dynamic Dual-Output Diffusion Models" (arXiv
-        2203.04304).
+        bfloat16 can hold. There it has only to say what x̂ is. In the second estimate an error
+        of x̂ counts √snr times, so w is the weight of least variance if its square is κ times
+        that of ε̂'s error. κ = 1, a velocity network (arXiv 2202.00512), mixes in too much of x̂
+        at small t; 8 was found by trial. The two outputs are from "Dynamic Dual-Output Diffusion
+        Models" (arXiv 2203.04304).
         """
         noise_hat, x0_hat = output.to(x.dtype).chunk(2, dim=1)
         w, v, root = self.mix[t].view(-1, 3, 1, 1, 1).unbind(1)
