@@ -21,7 +21,6 @@ Models" (arXiv 2006.11239). Images are float tensors (B, C, H, W) in [-1, 1].
 `python ddpm.py` computes the section's examples and theorems, each beside its formula.
 """
 import math
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -67,15 +66,12 @@ def cauchy_alphas(T: int) -> Tensor:
 
         λ_t = log snr(t) = μ + s tan θ_t,      snr(t) = ᾱ_t / (1 − ᾱ_t),      ᾱ_t = sigmoid(λ_t)
 
-    with θ_t evenly spaced, from λ_1 = 12.4 to λ_T = −7.5. Where a schedule has many steps, there a
-    uniform t trains often and a chain takes small strides: any other p(t) is a schedule, too
-    ("Improved Noise Schedule for Diffusion Training", arXiv 2407.03297, which has this one).
-
-    For the pictures half of the steps lie within s of μ, where x_t is mostly noise and the picture
-    takes shape. For the bound the tails are heavy: (2.43) is about ½ ‖ε̂_θ − ε‖² for a unit of
-    log snr, at the small t as well, where a step of the cosine schedule up to doubles the snr and
-    the sum lies well above the integral. And σ = 0.002 at t = 1 is small beside a pixel's bin of
-    0.008, so that the reconstruction term costs little. μ and s were found by trial.
+    with θ_t evenly spaced, from λ_1 = 12.4 to λ_T = −7.5 ("Improved Noise Schedule for Diffusion
+    Training", arXiv 2407.03297). Where λ_t changes least from step to step, there a uniform t
+    trains most and a chain takes its shortest strides: more than half of the steps lie within s of
+    μ, where x_t is mostly noise and the picture takes shape. The tails are for the ELBO: a Cauchy's
+    are heavy, so that the strides at small t stay short, and at t = 1 the noise, 0.002, is small
+    beside a pixel's bin, 0.008. μ and s were found by trial.
     """
     mu, s = -2.0, 1.1
     first, last = (math.atan((log_snr - mu) / s) for log_snr in (12.4, -7.5))
@@ -94,8 +90,8 @@ class DDPM(nn.Module):
             2006.11239: one step outside misleads all later ones, and at large t the error of ε̂_θ
             is divided by √ᾱ_t. For points, or latents, say False.
 
-    A time t is an int, or (B,) integers, in 1..T. A Gaussian is the pair (mean, variance), its
-    variance ready to broadcast. Bad arguments raise ValueError.
+    A time t is an int, or (B,) integers, in 1..T. A Gaussian is the pair (mean, variance), where
+    the variance is one number or (B, 1, …, 1). Bad arguments raise ValueError.
     """
 
     def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor], alphas: Tensor,
@@ -110,7 +106,7 @@ class DDPM(nn.Module):
         # computed from them: in float32 already 1 − ᾱ_1 is wrong in the fourth digit.
         self.alpha = F.pad(alphas.detach().to("cpu", torch.float64), (1, 0), value=1.0)
         self.alpha_bar = self.alpha.cumprod(0)  # ᾱ_t = α_1 α_2 … α_t
-        self.alpha_bar_prev = self.alpha_bar.roll(1)  # ᾱ_{t−1}
+        self.alpha_bar_prev = self.alpha_bar.roll(1)  # ᾱ_{t−1}; its entry 0 means nothing
         self.variance_q = (1 - self.alpha) * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
         if self.alpha_bar[-1] < 1e-50:
             raise ValueError(f"alphas multiply to {self.alpha_bar[-1]:.0e}, so that x_t is white "
@@ -192,16 +188,15 @@ class DDPM(nn.Module):
         mean, _ = self.p_transition(q_draw(1), 1)
         reconstruction = log_pixel_mass(x_0, mean, std)
 
-        # The final block: KL(N(√ᾱ_T x_0, (1 − ᾱ_T) I) ‖ N(0, I)), a case of Thm 1.3.
-        alpha_bar = self.alpha_bar
-        square, constant = self.at(self.T, x_0, alpha_bar, alpha_bar + torch.log1p(-alpha_bar))
-        prior_matching = 0.5 * (square * x_0**2 - constant)
+        # The final block: Thm 1.3 for q(x_T | x_0) and N(0, I).
+        mean, variance = self.q_marginal(x_0, self.T)
+        prior_matching = 0.5 * (variance - 1 + mean**2 - variance.log())
 
-        # The times, and the weight of each. The random ones come up in proportion to what the terms
-        # would be if x_0 were white noise, too.
+        # The times, and the weight of each. A random t comes up in proportion to what its term is
+        # on average where x_0 ~ N(0, I): (1 − ᾱ_t) / (1 − ᾱ_{t−1}) − 1, but for a factor.
         times, weights = torch.arange(2, self.T + 1), torch.ones(self.T + 1)
         if k is not None:
-            p = F.pad((1 - alpha_bar[2:]) / (1 - alpha_bar[1:-1]) - 1, (2, 0))
+            p = F.pad((1 - self.alpha_bar[2:]) / (1 - self.alpha_bar[1:-1]) - 1, (2, 0))
             times = torch.multinomial(p, k * len(x_0), replacement=True).view(k, len(x_0))
             weights = p.sum() / (k * p)
 
@@ -219,7 +214,8 @@ class DDPM(nn.Module):
         return {name: term.reshape(len(x_0), -1).sum(1) for name, term in terms.items()}
 
     def bits_per_dim(self, x_0: Tensor, k: int | None = None) -> Tensor:
-        """−ELBO / (D ln 2) for images of D = C·H·W 8-bit pixels: bits for each pixel, (B,)."""
+        """−ELBO / (D ln 2), bits for each of an image's D = C·H·W 8-bit pixels: (B,). Not in the
+        paper."""
         terms = self.elbo(x_0, k)
         elbo = terms["reconstruction"] - terms["prior_matching"] - terms["consistency"]
         return -elbo / (math.prod(x_0.shape[1:]) * math.log(2))
@@ -276,14 +272,14 @@ class DDPM(nn.Module):
 
         The boxes "Training Algorithm for DDPM", which prints ᾱ_t x_0 where (2.11) has √ᾱ_t x_0, and
         "Training DDPM using ε̂_θ", up to the gradient step. In the ELBO each t has a factor of its
-        own, (2.43). The boxes drop it, which costs some likelihood and gives better pictures
-        (arXiv 2006.11239, section 3.4).
+        own, for x̂_θ that of (2.43). The boxes drop it, which costs some likelihood and gives better
+        pictures (arXiv 2006.11239, section 3.4).
         """
         # t ~ Uniform{1, …, T} for each image. All but the first are spread evenly behind it: less
         # noise in the loss ("Variational Diffusion Models", arXiv 2107.00630).
         B = len(x_0)
         t = 1 + (torch.randint(self.T, (1,)) + torch.arange(B) * self.T // max(B, 1)) % self.T
-        noise = torch.randn_like(1.0 * x_0)  # bytes are refused by the next line
+        noise = torch.randn_like(1.0 * x_0)  # float even for bytes, which q_sample then refuses
         x_t = self.q_sample(x_0, t, noise)
         return F.mse_loss(self.denoise(x_t, t), noise if self.predict == "noise" else x_0)
 
@@ -293,8 +289,8 @@ class DDPM(nn.Module):
     def reverse_chain(self, x_T: Tensor) -> Iterator[tuple[int, Tensor]]:
         """x_{t−1} = μ_θ(x_t) + σ_q(t) z,    z ~ N(0, I),    for t = T, …, 1    ((2.48), (2.52))
 
-        Both boxes "Inference of DDPM", from their first line, x_T ~ N(0, I), on. Yields (t, x_t)
-        for t = T − 1, …, 0.
+        Both boxes "Inference of DDPM", from their first line, x_T ~ N(0, I), on; an ε̂_θ goes by way
+        of x̂_θ, which can be clipped (see `p_transition`). Yields (t, x_t) for t = T − 1, …, 0.
         """
         x_t = x_T
         for t in range(self.T, 0, -1):
@@ -341,10 +337,8 @@ class DDPM(nn.Module):
             σ_t² = η² (1 − ᾱ_s) (1 − ᾱ_t / ᾱ_s) / (1 − ᾱ_t),      0 ≤ η ≤ 1
 
         With η = 1 and s = t − 1 that is σ_q²(t): DDPM in longer strides, and for steps = T
-        `reverse_chain` itself. With η = 0 only x_T is random. 1 is the default: the fresh noise of
-        every step makes up for much of what a network trained for minutes gets wrong. Yields
-        (s, x_s) for times evenly spaced from T, which it leaves out, to 1, and at last for 0. Where
-        x̂_θ is clipped ε̂_θ is the noise between that and x_t.
+        `reverse_chain` itself. With η = 0 only x_T is random. Yields (s, x_s), at last for s = 0.
+        Where x̂_θ is clipped ε̂_θ is the noise between that and x_t.
         """
         if not isinstance(steps, int) or not 1 <= steps <= self.T:
             raise ValueError(f"steps must be a whole number in 1..{self.T}, got {steps}")
@@ -472,10 +466,6 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         row(f"Ex. 2.1   t = 20, part {k + 1}: mean by (2.13) | by 20 steps of (2.2)",
             parts.mean[k], mean[k])
         row("          variance by (2.13) | by (2.2)", parts.variance[k], variance[k])
-    row("Ex. 2.2   t = 20: mean of (2.13) | of 100,000 simulated pixels", p_t.mean, x_t)
-    row("          variance of (2.13) | of the pixels", p_t.variance, (x_t - p_t.mean)**2)
-    row("          share below 0 by (2.13) | of the pixels",
-        (mixture.pi * parts.cdf(torch.zeros(2))).sum(), x_t < 0)
 
     x = torch.zeros(n, dtype=torch.float64)
     for _ in range(60):
@@ -489,6 +479,10 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     root, at_once = ddpm.q_marginal(one, 100)
     row("Thm 2.2   t = 100: √ᾱ_t | product of 100 transitions", root, mean)
     row("          1 − ᾱ_t | variance of 100 transitions", at_once, variance)
+    row("Ex. 2.2   t = 20: mean of (2.13) | of 100,000 simulated pixels", p_t.mean, x_t)
+    row("          variance of (2.13) | of the pixels", p_t.variance, (x_t - p_t.mean)**2)
+    row("          share below 0 by (2.13) | of the pixels",
+        (mixture.pi * parts.cdf(torch.zeros(2))).sum(), x_t < 0)
 
     # The ELBO of one pixel x_0 = 0.35, from 20,000 chains x_1, …, x_T of q.
     x_0 = torch.full((20_000,), 0.35, dtype=torch.float64)
@@ -551,8 +545,6 @@ def examples() -> list[tuple[str, float, float, float | None]]:
         chains.append(torch.stack([x_t for _, x_t in chain]))
     row("          0 | largest difference of the chains by ε̂_θ and x̂_θ", 0,
         (chains[0] - chains[1]).abs().max())
-    row("(2.60)    0 | of DDIM with η = 1, every t, and that chain", 0,
-        (chains[0] - chains[2]).abs().max())
 
     A, covariance = torch.tensor([[1.0, 0.5], [-1.0, 2.0]]), torch.diag(torch.tensor([1.0, 0.09]))
     x = torch.randn(n, 2) * covariance.diag().sqrt()  # Λ⁻¹ = diag(1, 0.09)
@@ -569,13 +561,13 @@ def examples() -> list[tuple[str, float, float, float | None]]:
     row("          1 − ᾱ_20 + σ_t², σ_t = ½ | variance by the first try, √(1 − ᾱ_20)",
         1 - alpha_bar[20] + 0.25,
         ((1 - alpha_bar[20]).sqrt() * noise + 0.5 * torch.randn(n))**2)
+    row("(2.60)    0 | largest difference of DDIM's chain, η = 1 and every t, and DDPM's", 0,
+        (chains[0] - chains[2]).abs().max())
     return rows
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's, or a file's, would be
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no traceback
     torch.manual_seed(0)
     print(f"{'formula | what computes it':76}{'formula':>12}{'computed':>12}{'tolerance':>11}")
     for what, formula, computed, tolerance in examples():

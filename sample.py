@@ -114,15 +114,11 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         suffixes = (".png", ".pt") if option == "--out" else (".png",)
         if path.suffix not in suffixes:
             raise ValueError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
-        if path.name == "checkpoint.pt" or path.is_dir():
-            raise ValueError(f"{option} {path}: that is a {'folder' if path.is_dir() else 'run'}")
+        if path.name == "checkpoint.pt" or path.resolve() == args.checkpoint.resolve():
+            raise ValueError(f"{option} {path}: a checkpoint is not overwritten; name another file")
         trial = Path(f"{path}.tmp")  # OSError where the folder is missing, or the name too long
         trial.touch()
         trial.unlink()
-    if len({path.resolve() for path in (args.checkpoint, *files.values())}) <= len(files):
-        raise ValueError(f"{', '.join(files)}: each needs a file of its own, other than "
-                         f"{args.checkpoint}")
-
     state, model = read_checkpoint(args.checkpoint)
     config = state["config"]
     for option in ("steps", "eta", "chain", "strip") if config["model"] == "vae" else (
@@ -211,10 +207,8 @@ def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
     """What train.py saved, and the model with the averaged weights, ready to draw from. OSError or
     ValueError if it is not."""
     state = load(path)
-    if not isinstance(state, dict) or "format" not in state:
-        raise ValueError(f"{path}: not a checkpoint of train.py")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path}: a checkpoint of another version of this code")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it")
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["ema"])
@@ -223,12 +217,13 @@ def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
     return state, model.eval()
 
 
-def write_file(path: Path, data: bytes):
-    """All of it or nothing: a new file, complete on the disk, takes the old one's place. Whatever
-    stops this, `path` is the old file or the new one. Raises OSError."""
-    new = Path(f"{path}.tmp")
+def save(path: Path, value):
+    """torch.save, all of it or nothing: a new file, complete on the disk, takes the old one's
+    place. Whatever stops this, `path` is the old file or the new one. Raises OSError."""
+    buffer, new = io.BytesIO(), Path(f"{path}.tmp")
+    torch.save(value, buffer)
     with open(new, "wb") as file:
-        file.write(data)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     for attempt in range(10):
@@ -237,13 +232,6 @@ def write_file(path: Path, data: bytes):
         except PermissionError:  # Windows, while somebody reads the old file
             time.sleep(0.1)
     os.replace(new, path)
-
-
-def save(path: Path, value):
-    """torch.save by way of `write_file`."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_file(path, buffer.getbuffer())
 
 
 # ------------------------------------------------------------------------------ devices
@@ -292,15 +280,14 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return F.pad(picture.reshape(C, rows * (H + 2), columns * (W + 2)), (1, 1, 1, 1))
 
 
-def write_png(path: Path, frames: list[Tensor], seconds: float = 0.06, last: float = 2.0):
-    """Write uint8 frames (C, H, W), C = 1 or 3: one as a PNG, several as an animated PNG.
+def write_png(path: Path, frames: list[Tensor]):
+    """Write uint8 frames (C, H, W), C = 1 or 3, as an animated PNG; a single one is a still.
 
     PNG (ISO/IEC 15948) is a signature and chunks: IHDR, compressed IDAT, IEND. APNG adds acTL
     (how many frames), fcTL before each frame, and fdAT: an IDAT with a number in front. A viewer
     that does not know them shows the first frame.
     """
     C, H, W = frames[0].shape
-    animated, sequence = len(frames) > 1, 0
     parts = [b"\x89PNG\r\n\x1a\n"]
 
     def chunk(kind: bytes, data: bytes):
@@ -308,22 +295,18 @@ def write_png(path: Path, frames: list[Tensor], seconds: float = 0.06, last: flo
                      + struct.pack(">I", zlib.crc32(kind + data)))
 
     chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, {1: 0, 3: 2}[C], 0, 0, 0))
-    if animated:
-        chunk(b"acTL", struct.pack(">II", len(frames), 0))
-    for i, frame in enumerate(frames):
-        rows = frame.permute(1, 2, 0).reshape(H, W * C)
-        data = zlib.compress(bytes(F.pad(rows, (1, 0)).flatten().tolist()), 9)  # filter 0
-        if animated:
-            delay = round(1000 * (last if i == len(frames) - 1 else seconds))
-            chunk(b"fcTL", struct.pack(">5I2H2B", sequence, W, H, 0, 0, delay, 1000, 0, 0))
-            sequence += 1
+    chunk(b"acTL", struct.pack(">II", len(frames), 0))
+    for i, frame in enumerate(frames):  # fcTL and fdAT have one count: fcTL 0, fcTL 1, fdAT 2, …
+        delay = 60 if i < len(frames) - 1 else 2000  # ms
+        chunk(b"fcTL", struct.pack(">5I2H2B", max(0, 2 * i - 1), W, H, 0, 0, delay, 1000, 0, 0))
+        rows = F.pad(frame.permute(1, 2, 0).reshape(H, W * C), (1, 0))  # each after a 0: no filter
+        data = zlib.compress(bytes(rows.flatten().tolist()), 9)
         if i == 0:
             chunk(b"IDAT", data)
         else:
-            chunk(b"fdAT", struct.pack(">I", sequence) + data)
-            sequence += 1
+            chunk(b"fdAT", struct.pack(">I", 2 * i) + data)
     chunk(b"IEND", b"")
-    write_file(path, b"".join(parts))
+    path.write_bytes(b"".join(parts))
 
 
 # ------------------------------------------------------------------------------ mistakes

@@ -30,7 +30,6 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works w
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -83,7 +82,6 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     log = Log(config, state, out)
-    schedule = LambdaLR(optimizer, lambda step: lr_share(step, log.total), last_epoch=step - 1)
     cast = autocast(device, config["precision"])
     network = model
     if RANKS > 1:
@@ -99,23 +97,23 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
                 loss = network(x)  # DDPM.loss or VAE.loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.param_groups[0]["lr"] = lr = config["lr"] * lr_share(step, log.total)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             step += 1
             average = get_ema_multi_avg_fn(ema_decay(step))
             average(list(ema.parameters()), list(model.parameters()), 0)
 
             log.add(loss.detach())
-            stop = signal_of_any_rank(signals)
             draw = step % log.interval == 0 or step == log.total
             if step % ROW == 0 or step == log.total:
-                log.row(step)
+                log.row(step, lr)
             if draw:
                 log.pictures(step, ema, to_float(test[:32], device), cast)
+            stop = signal_of_any_rank(signals)
             if draw or stop or time.perf_counter() - log.saved > UNSAVED:
                 log.checkpoint(step, model, ema, optimizer)
-    return ema, step, log.total, stop or max(signals, default=0)  # one may have come at the end
+    return ema, step, log.total, stop
 
 
 # ------------------------------------------------------------------------------ for the loop
@@ -175,12 +173,17 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
+# Outlives the process group. Up to torch 2.7 a group that ends waits for gloo's threads, and one of
+# them may be freeing the tensor it reduced last, which needs the lock that the group's end holds.
+SIGNAL = torch.zeros((), dtype=torch.long)
+
+
 def signal_of_any_rank(signals: list[int]) -> int:
     """One signal stops all ranks, after the same step."""
-    signum = torch.tensor(max(signals, default=0))
+    SIGNAL.fill_(max(signals, default=0))
     if RANKS > 1:
-        distributed.all_reduce(signum, distributed.ReduceOp.MAX)
-    return signum.item()
+        distributed.all_reduce(SIGNAL, distributed.ReduceOp.MAX)
+    return SIGNAL.item()
 
 
 class Log:
@@ -197,7 +200,6 @@ class Log:
             self.total / self.steps_per_epoch / PICTURES)
         self.start = self.saved = time.perf_counter()
         self.seconds_before = state["seconds"] if state else 0.0
-        self.row_step, self.row_seconds = step, self.seconds_before
         if state and RANK == 0:  # of a finished run that goes on the rate rises again
             print(f"on from step {step:,} of {self.total:,}, at a learning rate of "
                   f"{config['lr'] * lr_share(step, self.total):.1e}", flush=True)
@@ -214,22 +216,20 @@ class Log:
         """Of the run so far."""
         return self.seconds_before + time.perf_counter() - self.start
 
-    def row(self, step: int):
-        """The mean loss since the last row."""
+    def row(self, step: int, lr: float):
+        """The mean loss since the last row, beside this step's learning rate."""
         mean = torch.stack(self.losses).mean() / RANKS
         if RANKS > 1:
             distributed.all_reduce(mean)
         self.losses.clear()
         check_finite(step, mean)
         self.bar.set_postfix(loss=f"{mean.item():.4f}")
-        seconds = self.seconds()
-        rate = (step - self.row_step) * self.batch_size / (seconds - self.row_seconds)
-        self.row_step, self.row_seconds = step, seconds
         if RANK == 0:
-            lr = self.config["lr"] * lr_share(step - 1, self.total)
+            seconds = self.seconds()
             with open(self.out / "metrics.csv", "a") as file:
-                print(step, f"{step / self.steps_per_epoch:.4f}", mean.item(), lr, f"{rate:.1f}",
-                      f"{seconds:.3f}", sep=",", file=file)
+                print(step, f"{step / self.steps_per_epoch:.4f}", mean.item(), lr,
+                      f"{step * self.batch_size / seconds:.1f}", f"{seconds:.3f}", sep=",",
+                      file=file)
 
     def pictures(self, step: int, model: nn.Module, x: Tensor, cast):
         if RANK == 0:
@@ -397,7 +397,7 @@ def configure(options: dict, saved: dict | None) -> dict:
     """What defines a run and is kept in its checkpoint: these options over the model's defaults, or
     over those of the saved run, of which only some may change. Raises ValueError."""
     defaults = {"model": options["model"], **CHANGEABLE, **DEFAULTS[options["model"]]}
-    for name, value in options.items():
+    for name, value in {"model": options["model"], **options}.items():  # it decides the others
         flag = f"--{name.replace('_', '-')}"
         if name not in defaults:
             raise ValueError(f"{flag} is not an option of --model {options['model']}")
@@ -450,11 +450,6 @@ def prepare(options: dict) -> tuple:
     return config, state, model, images, test, device, out
 
 
-def quote(path: Path) -> str:
-    """As a command line wants it, on Windows, too."""
-    return f'"{path.as_posix()}"' if " " in str(path) else path.as_posix()
-
-
 def main(argv: list[str] | None = None):
     parser, options = parse_args(argv)
     try:
@@ -480,10 +475,13 @@ def main(argv: list[str] | None = None):
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()
+    folder = out.as_posix()
+    if " " in folder:
+        folder = f'"{folder}"'  # as a command line wants it, on Windows, too
     if RANK == 0 and stop:
         launcher = f"torchrun --nproc_per_node={RANKS}" if RANKS > 1 else "python"
         print(f"stopped at step {step:,} of {total:,}; to go on: {launcher} train.py "
-              f"--model {config['model']} --out {quote(out)} --resume")
+              f"--model {config['model']} --out {folder} --resume")
     elif RANK == 0:
         n, evaluation = EVALUATION[config["model"]]
         torch.manual_seed(config["seed"])
@@ -491,7 +489,7 @@ def main(argv: list[str] | None = None):
         nats = bits * math.log(2) * math.prod(config["image_shape"])
         print(f"test ELBO {-nats:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
               + "".join(f", {name} = {value}" for name, value in evaluation.items())
-              + f"); to sample: python sample.py --checkpoint {quote(out / 'checkpoint.pt')}")
+              + f"); to sample: python sample.py --checkpoint {folder}/checkpoint.pt")
     if stop:
         sys.exit(128 + stop)
 

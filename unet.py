@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KAPPA = 8.0  # of `UNet.combine`
+KAPPA = 8.0  # the κ of `UNet.combine`
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
@@ -40,12 +40,10 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 def fourier_features(x: Tensor, exponents: Sequence[int]) -> Tensor:
     """x beside sin(2ⁿπx) and cos(2ⁿπx), for N exponents n: (B, C, H, W) -> (B, (1 + 2N) C, H, W).
 
-    At small t the network has to see noise of standard deviation √(1 − ᾱ_1), 0.006 for the cosine
-    schedule and T = 1000, on pixels in [-1, 1]. A stem with a large gain would not help: the next
-    norm divides by it. But sin and cos together vary with x at the rate 2ⁿπ, 100 for n = 5, at
-    every x ("Variational Diffusion Models", arXiv 2107.00630, with n = 7 and 8). And they are
-    computed in x's own precision, whereas bfloat16 rounds an x near −1 to steps of 0.004 above it
-    and 0.008 below.
+    At t = 1 the network has to see noise of standard deviation 0.002 on pixels in [-1, 1]. sin and
+    cos together vary with x at the rate 2ⁿπ, 100 for n = 5, at every x ("Variational Diffusion
+    Models", arXiv 2107.00630), and they are computed in x's own precision, whereas bfloat16 rounds
+    an x near −1 to steps of 0.004 or more.
     """
     waves = [wave(2**n * math.pi * x) for n in exponents for wave in (torch.sin, torch.cos)]
     return torch.cat([x, *waves], dim=1)
@@ -171,12 +169,9 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
                                              nn.Conv2d(c, c, 3, padding=1)))
-        self.register_buffer("mix", None, persistent=False)  # (T + 1, 3): row t is `combine`'s
+        self.register_buffer("alpha_bar", None, persistent=False)  # (T + 1,), for `combine`
         if alphas is not None:
-            alpha_bar = alphas.double().cumprod(0)
-            w = KAPPA * alpha_bar / (KAPPA * alpha_bar + 1 - alpha_bar)
-            rows = torch.stack([w, (1 - w) / (1 - alpha_bar).sqrt(), alpha_bar.sqrt()], dim=1)
-            self.mix = F.pad(rows, (0, 0, 1, 0)).float()
+            self.alpha_bar = F.pad(alphas.double().cumprod(0), (1, 0), value=1.0).float()
         outputs = image_channels * (1 if alphas is None else 2)
         self.head = nn.Sequential(
             group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, outputs, 3, padding=1)))
@@ -199,20 +194,19 @@ class UNet(nn.Module):
             else:
                 h = layer(h)
         output = self.head(h)
-        return output if self.mix is None else self.combine(output, x, t)
+        return output if self.alpha_bar is None else self.combine(output, x, t)
 
     def combine(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """ε̂_θ = w ε̂ + (1 − w) (x_t − √ᾱ_t x̂) / √(1 − ᾱ_t),      w = κ snr / (1 + κ snr),
+        """ε̂_θ = [κ ᾱ_t ε̂ + √(1 − ᾱ_t) (x_t − √ᾱ_t x̂)] / (κ ᾱ_t + 1 − ᾱ_t)
 
-        where ε̂ and x̂ are the output's halves and snr = ᾱ_t / (1 − ᾱ_t): the mean of two estimates
-        of ε, the second by way of the image. In almost pure noise ε̂_θ must be x_t to a few per
-        cent, and these are the picture: more than a network full of norms can say, and more than
-        bfloat16 can hold. There it has only to say what x̂ is. In the second estimate an error
-        of x̂ counts √snr times, so w is the weight of least variance if its square is κ times
-        that of ε̂'s error. κ = 1, a velocity network (arXiv 2202.00512), mixes in too much of x̂
-        at small t; 8 was found by trial. The two outputs are from "Dynamic Dual-Output Diffusion
-        Models" (arXiv 2203.04304).
+        where ε̂ and x̂ are the output's halves: the mean of two estimates of ε, of ε̂ with the weight
+        κ ᾱ_t and of the noise between x̂ and x_t with the weight 1 − ᾱ_t. In almost pure noise ε̂_θ is
+        x_t but for a few per cent, and those few per cent are the picture: bfloat16 rounds them
+        away. With this the network has only to say there what x̂ is. κ = 1 would be a network for
+        the velocity (arXiv 2202.00512), and costs likelihood at small t; 8 was found by trial. The
+        two outputs are from "Dynamic Dual-Output Diffusion Models" (arXiv 2203.04304).
         """
         noise_hat, x0_hat = output.to(x.dtype).chunk(2, dim=1)
-        w, v, root = self.mix[t].view(-1, 3, 1, 1, 1).unbind(1)
-        return w * noise_hat + v * (x - root * x0_hat)
+        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        by_image = (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * x0_hat)
+        return (KAPPA * alpha_bar * noise_hat + by_image) / (KAPPA * alpha_bar + 1 - alpha_bar)

@@ -14,7 +14,6 @@ an image, and both are distributions:
 `python vae.py` computes the section's examples and theorems, each beside its formula.
 """
 import math
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,7 +23,7 @@ if __name__ == "__main__":  # torch can do without NumPy, and so can this file
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Categorical, MultivariateNormal, Normal, kl_divergence
 
 
 class GaussianMixture:
@@ -34,29 +33,21 @@ class GaussianMixture:
 
     Args:
         weights: π, (K,), positive; scaled to sum 1.
-        means: μ, (K,) for numbers x, or (K, d) for vectors x.
+        means: μ, (K, d).
         stds: σ, (K,), positive.
     """
 
-    def __init__(self, weights, means, stds):
-        self.weights, self.means, self.stds = (
-            1.0 * torch.as_tensor(values) for values in (weights, means, stds))
-        K = self.weights.shape
-        if len(K) != 1 or self.means.shape[:1] != K or self.stds.shape != K:
-            raise ValueError(f"weights, means and stds must have one entry for each Gaussian, got "
-                             f"{tuple(K)}, {tuple(self.means.shape)}, {tuple(self.stds.shape)}")
-        if not ((self.weights > 0).all() and (self.stds > 0).all()):
-            raise ValueError(f"weights and stds must be positive, got {weights} and {stds}")
-        self.weights = self.weights / self.weights.sum()
+    def __init__(self, weights: Tensor, means: Tensor, stds: Tensor):
+        if means.ndim != 2 or not weights.shape == means.shape[:1] == stds.shape:
+            raise ValueError("weights, means and stds must be (K,), (K, d) and (K,), got "
+                             f"{tuple(weights.shape)}, {tuple(means.shape)}, {tuple(stds.shape)}")
+        roots = stds[:, None, None] * torch.eye(means.shape[1])  # of the covariances σ_k² I
+        self.p_k = Categorical(weights)
+        self.p_x_given_k = MultivariateNormal(means, scale_tril=roots)
 
     def log_joint(self, x: Tensor) -> Tensor:
-        """log p(x, k) = log π_k + log N(x | μ_k, σ_k² I): (n,) or (n, d) -> (n, K)."""
-        if x.shape[1:] != self.means.shape[1:]:
-            raise ValueError(f"x must be (n, {', '.join(map(str, self.means.shape[1:]))}), "
-                             f"got {tuple(x.shape)}")
-        vectors = self.means.view(len(self.means), -1)  # numbers are vectors with d = 1
-        density = Normal(vectors, self.stds[:, None]).log_prob(x.reshape(len(x), 1, -1))
-        return self.weights.log() + density.sum(-1)
+        """log p(x, k) = log π_k + log N(x | μ_k, σ_k² I) in nats: (n, d) -> (n, K)."""
+        return self.p_k.logits + self.p_x_given_k.log_prob(x[:, None])
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) = log Σ_k π_k N(x | μ_k, σ_k² I) in nats: (n,)."""
@@ -71,24 +62,19 @@ class GaussianMixture:
         return self.posterior(x).argmax(-1)
 
     def decode(self, k: Tensor) -> Tensor:
-        """The decoder: a draw of x ~ p(x | k) = N(μ_k, σ_k² I) for each k, (n,) or (n, d)."""
-        mean = self.means[k]
-        return mean + self.stds[k].view(-1, *[1] * (mean.ndim - 1)) * torch.randn_like(mean)
-
-    def sample(self, n: int) -> Tensor:
-        """k ~ π, then x ~ p(x | k): n independent x, (n,) or (n, d)."""
-        return self.decode(torch.multinomial(self.weights, n, replacement=True))
+        """The decoder: a draw of x ~ p(x | k) = N(μ_k, σ_k² I) for each k: (n,) -> (n, d)."""
+        return torch.normal(self.p_x_given_k.mean[k], self.p_x_given_k.stddev[k])
 
 
 class VAE(nn.Module):
     """The variational auto-encoder of §1 over any two networks; `conv_networks` makes a pair.
 
-        q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    (1.2)   (μ, log σ²) = Encoder_φ(x)
+        q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    (1.2)   (μ, σ²) = Encoder_φ(x)
         p_θ(x | z) = N(x | f_θ(z), σ_dec² I)        (1.3)   f_θ(z) = Decoder_θ(z)
         p(z)       = N(z | 0, I)
 
     Args:
-        encoder: x (B, …) -> (B, 2d), μ beside log σ².
+        encoder: x (B, …) -> (B, 2d), μ beside log σ², which may have either sign.
         decoder: z (B, d) -> x's shape.
         decoder_std: σ_dec, on the scale of pixels in [-1, 1], either a number or "learned", which
             makes it one more parameter ((1.3) allows both). A small σ_dec gives sharp
@@ -125,7 +111,7 @@ class VAE(nn.Module):
     @property
     def decoder_std(self) -> float | Tensor:
         """σ_dec: the given number or, if learned, a tensor ()."""
-        return math.e ** self.log_decoder_std
+        return math.e ** self.log_decoder_std  # exp, of a float and of a tensor
 
     # -------------------------------------------------- §1.2 Evidence Lower Bound
 
@@ -155,7 +141,8 @@ class VAE(nn.Module):
         return {"reconstruction": reconstruction, "kl": kl}
 
     def bits_per_dim(self, x: Tensor) -> Tensor:
-        """A bound on the bits for each pixel of x, as an image of 8-bit pixels: (B,).
+        """A bound on the bits for each pixel of x, as an image of 8-bit pixels: (B,). Not in the
+        paper.
 
             −log P(x)  ≤  −E log [p(x + u) (2/255)^D]  ≤  −E ELBO(x + u) − D log (2/255)
 
@@ -179,7 +166,8 @@ class VAE(nn.Module):
     def loss(self, x: Tensor) -> Tensor:
         """−ELBO / D    (Thm 1.4): a scalar, the mean over the batch, in nats for each pixel.
 
-        The maximum of (1.35) is the minimum of this. (1.35) prints + before the KL; (1.32) has −.
+        Its minimum is the maximum of (1.35), with the − of (1.32) before the KL, where (1.35)
+        prints +.
         """
         terms = self.elbo(x)
         return (terms["kl"] - terms["reconstruction"]).mean() / math.prod(x.shape[1:])
@@ -225,7 +213,7 @@ def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
         nn.Conv2d(2 * c, 2 * c, 3, padding=1), activation(2 * c),
         nn.Conv2d(2 * c, 4 * c, 3, padding=1), nn.PixelShuffle(2), activation(c),
         nn.Conv2d(c, 4 * C, 3, padding=1), nn.PixelShuffle(2), nn.Tanh(),
-        nn.ZeroPad2d((0, W - 4 * w, 0, H - 4 * h)))  # cuts off: 4 ⌈H/4⌉ may be more than H
+        nn.ZeroPad2d((0, W - 4 * w, 0, H - 4 * h)))  # by less than 0: cuts 4w and 4h to W and H
     return encoder, decoder
 
 
@@ -260,20 +248,20 @@ def examples() -> list[tuple[str, float, float, float | None]]:
 
     pi, mu, sigma = (torch.tensor(values).double()
                      for values in ((0.3, 0.7), (-2.0, 2.0), (0.2, 1.0)))  # as in Ex. 2.1
-    mixture = GaussianMixture(pi, mu, sigma)
-    x, mean = mixture.sample(1_000_000), pi @ mu
+    mixture = GaussianMixture(pi, mu[:, None], sigma)
+    k = mixture.p_k.sample((1_000_000,))
+    x, mean = mixture.decode(k), pi @ mu
     row("Ex. 1.2   Σ π_k μ_k | mean of x ~ p(x | k), k ~ π", mean, x)
     row("          Σ π_k (σ_k² + μ_k²) − mean² | variance of x", pi @ (sigma**2 + mu**2) - mean**2,
         (x - mean)**2)
-    at = torch.tensor([-1.5], dtype=torch.float64)
-    joint = pi * (-(at - mu)**2 / (2 * sigma**2)).exp() / sigma
+    at = torch.tensor([[-1.5]], dtype=torch.float64)
+    joint = pi * (-(-1.5 - mu)**2 / (2 * sigma**2)).exp() / sigma
     row("          p(k = 1 | x = −1.5), by Bayes' rule | GaussianMixture.posterior",
         joint[0] / joint.sum(), mixture.posterior(at)[0, 0])
     grid = torch.linspace(-10, 10, 200_001, dtype=torch.float64)
-    k = torch.multinomial(pi, 1_000_000, replacement=True)
-    row("          ∫ max_k π_k p(x | k) dx | share of encode(decode(k)) = k", torch.trapezoid(
+    row("          ∫ max_k π_k p(x | k) dx | share of k = encode(x)", torch.trapezoid(
         (pi * Normal(mu, sigma).log_prob(grid[:, None]).exp()).amax(1), grid),
-        mixture.encode(mixture.decode(k)) == k)
+        mixture.encode(x) == k)
 
     # x ~ N(μ, σ² I) in d = 64 dimensions. With linear networks p(x) and p(z | x) are known:
     #     p(x) = N(v, (c² + s²) I)        p(z | x) = N(c (x − v) / (c² + s²), s² / (c² + s²) I)
@@ -374,8 +362,6 @@ def examples() -> list[tuple[str, float, float, float | None]]:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's, or a file's, would be
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no traceback
     torch.manual_seed(0)
     print(f"{'formula | what computes it':76}{'formula':>12}{'computed':>12}{'tolerance':>11}")
     for what, formula, computed, tolerance in examples():
