@@ -45,14 +45,14 @@ def draw(model: nn.Module, noise: Tensor, steps: int | None, eta: float,
     images, film = [], {0: to_uint8(noise[:BATCH])}
     length = steps or getattr(model, "T", 1)
     with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
-        for x in noise.split(BATCH):
+        for x_T in noise.split(BATCH):
             if isinstance(model, VAE):
-                chain = [(0, model.sample(x))]
+                chain = [(0, model.sample(x_T))]
             else:
-                chain = model.ddim_chain(x, steps, eta) if steps else model.reverse_chain(x)
+                chain = model.ddim_chain(x_T, steps, eta) if steps else model.reverse_chain(x_T)
             for i, (_, x) in enumerate(chain, start=1):
                 bar.update()
-                if i in keep and not images:
+                if i in keep and not images:  # the first batch
                     film[i] = to_uint8(x)
             images.append(to_uint8(x))
     return torch.cat(images), film
@@ -82,15 +82,15 @@ def parse_args(argv: list[str] | None) -> tuple["Parser", argparse.Namespace]:
         "steps of the reverse chain)")
     add("--eta", type=number(float, 0, 1), help="ddpm, with --steps: DDIM's share of fresh noise, "
         "0 to 1 (default: 1)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all noise: another -n, too, "
-        "makes other images of it (default: 0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all noise; with another "
+        "-n the same seed makes other images (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto is bf16 autocast on hardware that has bf16 (default: auto)")
     add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
         "(default: samples.png beside the checkpoint)")
     add("--chain", type=Path, metavar="FILE.png",
-        help="ddpm: also an animated PNG of the chain from x_T to x_0")
+        help=f"ddpm: also an animated PNG of the first {BATCH} on their way from x_T to x_0")
     add("--strip", type=Path, metavar="FILE.png", help="ddpm: also the chain as a film strip")
     add("--latent-grid", type=Path, metavar="FILE.png",
         help="vae with --latent-dim 2: also what the decoder makes of every z of a grid")

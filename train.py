@@ -28,6 +28,9 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without it
 
 import torch
+# Now, not with DistributedDataParallel: its default arguments hold the process group of the moment,
+# and a group of ours would outlive its end, and abort the exit.
+import torch.distributed.nn.functional
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -72,7 +75,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     images, test: uint8 (N, C, H, W). Raises OSError if a file can't be written, and
     FloatingPointError before a row or a checkpoint would hold a nan or inf.
     """
-    # 0.99: the second moment is a mean over 100 steps, not 1,000, of a few thousand in all.
+    # 0.99 where 0.999 is usual: of a run of 2,000 steps, 1,000 would be too many to average over.
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval()
     step = 0
@@ -102,7 +105,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
             optimizer.zero_grad()
             step += 1
             average = get_ema_multi_avg_fn(ema_decay(step))
-            average(list(ema.parameters()), list(model.parameters()), 0)
+            average(list(ema.parameters()), list(model.parameters()), 0)  # which ignores the 0
 
             log.add(loss.detach())
             draw = step % log.interval == 0 or step == log.total
@@ -139,7 +142,7 @@ def next_batch(images: Tensor, config: dict, step: int, device: torch.device) ->
     """
     seed, batch_size = config["seed"], config["batch_size"]
     epoch, i = divmod(step, len(images) // batch_size)
-    torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))  # of integers: always the same
+    torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))  # integers hash alike everywhere
     order = shuffled(len(images), hash((seed, epoch)), images.device)
     share = order[i * batch_size:(i + 1) * batch_size].chunk(RANKS)[RANK]
     return to_float(images[share], device)
@@ -200,7 +203,7 @@ class Log:
             self.total / self.steps_per_epoch / PICTURES)
         self.start = self.saved = time.perf_counter()
         self.seconds_before = state["seconds"] if state else 0.0
-        if state and RANK == 0:  # of a finished run that goes on the rate rises again
+        if state and RANK == 0:  # a finished run that goes on gets a higher rate again
             print(f"on from step {step:,} of {self.total:,}, at a learning rate of "
                   f"{config['lr'] * lr_share(step, self.total):.1e}", flush=True)
         self.bar = tqdm(total=self.total * self.batch_size, initial=step * self.batch_size,
@@ -252,7 +255,7 @@ class Log:
 
 
 def check_finite(step: int, *values: Tensor):
-    """Here the host waits for the device."""
+    """FloatingPointError for a nan or inf. Here the host waits for the device."""
     if not torch.stack([value.isfinite().all() for value in values]).all():
         raise FloatingPointError(f"step {step:,}: the loss or a weight is nan or inf; a new run "
                                  "with a lower --lr, or --precision fp32, may help")
@@ -455,10 +458,6 @@ def main(argv: list[str] | None = None):
     try:
         config, state, model, images, test, device, out = arguments = prepare(options)
         if RANKS > 1:
-            # DistributedDataParallel imports this, too, but later. Its functions take the process
-            # group of the moment for a default argument; if that is ours, it outlives its
-            # destruction, and gloo's threads can abort the exit.
-            from torch.distributed.nn import functional  # noqa: F401
             nccl = device.type == "cuda" and distributed.is_nccl_available()  # not on Windows
             distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     except (ValueError, OSError) as error:
