@@ -298,14 +298,20 @@ class DDPM(nn.Module):
             x_t = mean + variance.sqrt() * torch.randn_like(x_t)
             yield t - 1, x_t
 
+    def chain(self, x_T: Tensor, steps: int | None = None,
+              eta: float = 1.0) -> Iterator[tuple[int, Tensor]]:
+        """`reverse_chain` or, with fewer steps or another η, `ddim_chain`."""
+        if steps is None and eta == 1:
+            return self.reverse_chain(x_T)
+        return self.ddim_chain(x_T, self.T if steps is None else steps, eta)
+
     def sample(self, x_T: Tensor, steps: int | None = None, eta: float = 1.0) -> Tensor:
-        """x_0, at the end of the reverse chain or, with steps, of DDIM's: new images in [-1, 1].
+        """x_0, at the end of `chain`: new images in [-1, 1].
 
         x_T ~ N(0, I) is (B, C, H, W) on the network's device. Where the network has dropout, call
         `eval()` first, and `train()` before training goes on.
         """
-        chain = self.reverse_chain(x_T) if steps is None else self.ddim_chain(x_T, steps, eta)
-        for _, x_t in chain:
+        for _, x_t in self.chain(x_T, steps, eta):
             pass
         return x_t
 

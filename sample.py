@@ -49,7 +49,7 @@ def draw(model: nn.Module, noise: Tensor, steps: int | None, eta: float,
             if isinstance(model, VAE):
                 chain = [(0, model.sample(x_T))]
             else:
-                chain = model.ddim_chain(x_T, steps, eta) if steps else model.reverse_chain(x_T)
+                chain = model.chain(x_T, steps, eta)
             for i, (_, x) in enumerate(chain, start=1):
                 bar.update()
                 if i in keep and not images:  # the first batch
@@ -80,8 +80,8 @@ def parse_args(argv: list[str] | None) -> tuple["Parser", argparse.Namespace]:
     add("-n", type=number(int, 1), default=64, help="how many images (default: 64)")
     add("--steps", type=number(int, 1), help="ddpm: DDIM with this many steps (default: all T "
         "steps of the reverse chain)")
-    add("--eta", type=number(float, 0, 1), help="ddpm, with --steps: DDIM's share of fresh noise, "
-        "0 to 1 (default: 1)")
+    add("--eta", type=number(float, 0, 1), help="ddpm: DDIM's share of fresh noise, 0 to 1 "
+        "(default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all noise; with another "
         "-n the same seed makes other images (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
@@ -126,8 +126,6 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} does not go with {args.checkpoint}, "
                              f"a {config['model']}")
-    if args.eta is not None and args.steps is None:
-        raise ValueError("--eta goes with --steps: the full reverse chain has no eta")
     if args.steps and args.steps > model.T:
         raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
     if args.latent_grid and config["latent_dim"] != 2:
@@ -159,7 +157,7 @@ def main(argv: list[str] | None = None):
             write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
         if args.latent_grid:
             write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, noise.device)))])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error))
     print(f"wrote {', '.join(map(str, files.values()))}")
 
@@ -239,13 +237,13 @@ def save(path: Path, value):
 
 def pick_device(name: str) -> torch.device:
     """The device of this name; "auto" is CUDA where there is one, else the CPU. ValueError, with
-    torch's own reason, where it can't be used."""
+    the first sentence of torch's own reason, where it can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.ones(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {error}") from error
+        raise ValueError(f"--device {name}: {str(error).partition('. ')[0]}") from error
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -181,10 +181,12 @@ class TestVAE(Test):
                 small_vae(decoder_std=std)
         with self.assertRaisesRegex(ValueError, "at least 8.*7"):
             conv_networks((1, 7, 28))
-        with self.assertRaisesRegex(ValueError, "uint8"):
-            small_vae().loss(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-        with self.assertRaisesRegex(ValueError, "2, 5.*2, 4"):
-            VAE(lambda x: x, lambda z: torch.zeros(2, 5)).loss(torch.zeros(2, 4))
+        for method in (small_vae().loss, small_vae().bits_per_dim):
+            with self.assertRaisesRegex(ValueError, "uint8"):
+                method(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+        for expected, x in (("2, 5.*2, 4", torch.zeros(2, 4)), ("2d.*2, 3", torch.zeros(2, 3))):
+            with self.assertRaisesRegex(ValueError, expected):
+                VAE(lambda x: x, lambda z: torch.zeros(2, 5)).loss(x)
 
 
 # ------------------------------------------------------------------------------ section 2
@@ -341,12 +343,17 @@ class TestMixture(Test):
             self.assertFalse(x.requires_grad)
 
     def test_clipped_unless_told_otherwise(self):
-        x_T = torch.randn(50)
-        for clip in (True, False):
-            ddpm = DDPM(lambda x, t: -3 * x, cosine_alphas(10), clip=clip)
+        x_T = torch.randn(50).double()
+        for clip, predict in itertools.product((True, False), ("noise", "image")):
+            ddpm = DDPM(lambda x, t: -3 * x, cosine_alphas(10), predict, clip)
             for steps in (None, 5):
                 self.assertEqual(bool(ddpm.sample(x_T, steps).abs().max() <= 1), clip)
             self.assertEqual(bool(ddpm.predict_x0(x_T, 5).abs().max() <= 1), clip)
+        # DDIM's ε̂_θ is the noise to the clipped x̂_θ: (2.59) from t = 10 to s = 1, with η = 0.
+        ddpm = DDPM(lambda x, t: torch.full_like(x, 3), cosine_alphas(10), "image")
+        root, root_1 = ddpm.alpha_bar[[10, 1]].sqrt()
+        self.assertClose(next(ddpm.ddim_chain(x_T, 2, 0.0))[1], root_1 + (1 - root_1**2).sqrt()
+                         * (x_T - root) / (1 - root**2).sqrt())
 
     def test_ddim_visits_both_ends_and_is_deterministic(self):
         ddpm, x_T = pixel_ddpm(100), torch.randn(5).double()
@@ -707,6 +714,7 @@ class TestData(FileTest):
         images = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8)
         write_idx(self.folder / "train-images-idx3-ubyte.gz", images, gzip.open)
         write_idx(self.folder / "t10k-images.idx3-ubyte", images)
+        (self.folder / "t10k-images-idx3-ubyte").mkdir()  # as Kaggle's archive has both
         for split in train.load_images(self.folder):
             self.assertTrue((split[:, 0] == images).all())
 
@@ -889,14 +897,11 @@ class TestEndToEnd(CommandTest):
             drawn = sample.to_uint8(model.sample(torch.randn(5, 1, 28, 28)))
             self.assertEqual(bool((images == drawn).all()), same)
 
-        wrong = ["--checkpoint", self.checkpoint, "--eta", 0.5]
-        self.assertMistake("sample.py", wrong, "--eta goes with --steps")
-
         # The same seed gives the same images, in any form; another seed or sampler does not.
         self.sample("-n", 5, "--out", self.folder / "x.png")
         (picture,), _ = decode_png(self.folder / "x.png")
         self.assertTrue((picture == sample.grid(images)).all())
-        for other in (["--seed", 1], ["--steps", 5], ["--steps", 20, "--eta", 0.5],
+        for other in (["--seed", 1], ["--steps", 5], ["--eta", 0],
                       ["--precision", "bf16"]):
             self.sample("-n", 5, "--out", tensor, *other)
             self.assertFalse((torch.load(tensor, weights_only=True) == images).all())
@@ -1061,6 +1066,19 @@ class TestRuns(CommandTest):
             for key in ("step", "model", "ema", "optimizer"):
                 self.assertSame(a[key], b[key])
 
+    @unittest.skipIf(os.name == "nt", "Windows has other signals")
+    def test_interrupted_when_nobody_reads_any_more(self):
+        # Ctrl-C ends the tee of `2>&1 | tee log`, too.
+        process = subprocess.Popen(
+            [sys.executable, HERE / "train.py", *map(str, self.train("vae", "--steps", 10**5))],
+            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.wait_for_rows(self.run_folder)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        self.assertGreaterEqual(sample.load(self.checkpoint)["step"],
+                                int(self.metrics()[-1]["step"]))
+
     def test_a_caught_signal_gets_its_default_back(self):
         before = signal.getsignal(signal.SIGTERM)
         with train.caught_signals() as signals:
@@ -1131,7 +1149,7 @@ class TestRuns(CommandTest):
         self.in_process(*self.train("vae", "--steps", 32))
         path = self.run_folder / "metrics.csv"
         rows = path.read_text()
-        for spoiled in ("40,1,1\n50,1,1\n", "33,1"):
+        for spoiled in ("40,1,1\n50,1,1\n", "33,1", "\na note\n"):
             path.write_text(rows + spoiled)
             self.in_process(*self.train("vae", "--steps", 32, "--resume"))
             self.assertEqual(path.read_text(), rows)
@@ -1238,7 +1256,7 @@ train.main()
                     parse(text)
 
     def test_mistakes_with_options(self):
-        self.in_process(*self.train("vae", "--steps", 1))
+        self.in_process(*self.train("vae", "--steps", 2))
         before = {path: path.read_bytes() for path in self.run_folder.iterdir()}
         new, ddpm, vae = self.folder / "new", ["--model", "ddpm"], ["--model", "vae"]
         for expected, *arguments in (
@@ -1263,6 +1281,7 @@ train.main()
         for expected, arguments in (
                 ("--resume.*--out", self.train("vae")),
                 ("--lr 0.5.*began with", self.train("vae", "--resume", "--lr", 0.5)),
+                ("--steps 1: .* has taken 2", self.train("vae", "--resume", "--steps", 1)),
                 ("--model ddpm.*began with vae", ["--timesteps", 9, *self.train("ddpm"), "--resume"]),
                 ("No such file", self.train("vae", "--resume", out=new)),
                 ("Not a directory|File exists", self.train("vae", out=self.checkpoint / "run"))):

@@ -16,6 +16,7 @@ import functools
 import gzip
 import math
 import os
+import re
 import signal
 import struct
 import sys
@@ -189,20 +190,23 @@ def signal_of_any_rank(signals: list[int]) -> int:
     return SIGNAL.item()
 
 
+def total_steps(config: dict) -> int:
+    return config["steps"] or config["epochs"] * (config["images"] // config["batch_size"])
+
+
 class Log:
     """What a run shows and leaves: the progress bar, metrics.csv, checkpoints and pictures. Only
     rank 0 writes."""
 
     def __init__(self, config: dict, state: dict | None, out: Path):
         self.config, self.out, self.losses = config, out, []
-        step, self.batch_size = state["step"] if state else 0, config["batch_size"]
+        step, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
+        self.batch_size, self.total = config["batch_size"], total_steps(config)
         self.steps_per_epoch = config["images"] // self.batch_size
-        self.total = config["steps"] or config["epochs"] * self.steps_per_epoch
         # Pictures are drawn every so many steps: after an epoch, or after several.
         self.interval = self.steps_per_epoch * math.ceil(
             self.total / self.steps_per_epoch / PICTURES)
-        self.start = self.saved = time.perf_counter()
-        self.seconds_before = state["seconds"] if state else 0.0
+        self.start = time.perf_counter() - seconds
         if state and RANK == 0:  # a finished run that goes on gets a higher rate again
             print(f"on from step {step:,} of {self.total:,}, at a learning rate of "
                   f"{config['lr'] * lr_share(step, self.total):.1e}", flush=True)
@@ -213,11 +217,14 @@ class Log:
 
     def add(self, loss: Tensor):
         self.losses.append(loss)
-        self.bar.update(self.batch_size)
+        try:
+            self.bar.update(self.batch_size)
+        except BrokenPipeError:  # Ctrl-C ends `2>&1 | tee log`, too, and has still to be answered
+            self.bar.disable = True
 
     def seconds(self) -> float:
         """Of the run so far."""
-        return self.seconds_before + time.perf_counter() - self.start
+        return time.perf_counter() - self.start
 
     def row(self, step: int, lr: float):
         """The mean loss since the last row, beside this step's learning rate."""
@@ -226,7 +233,7 @@ class Log:
             distributed.all_reduce(mean)
         self.losses.clear()
         check_finite(step, mean)
-        self.bar.set_postfix(loss=f"{mean.item():.4f}")
+        self.bar.set_postfix({"loss": f"{mean.item():.4f}"}, refresh=False)
         if RANK == 0:
             seconds = self.seconds()
             with open(self.out / "metrics.csv", "a") as file:
@@ -266,7 +273,7 @@ def trim(path: Path, step: int):
     are cut off: those steps will be taken again."""
     rows = path.read_text().splitlines(keepends=True) if path.exists() else []
     path.write_text("step,epoch,loss,lr,images_per_second,seconds\n" + "".join(
-        row for row in rows[1:] if row.endswith("\n") and int(row.partition(",")[0]) <= step))
+        row for row in rows if re.match(r"\d+,.*\n", row) and int(row.partition(",")[0]) <= step))
 
 
 @torch.no_grad()
@@ -335,14 +342,14 @@ def load_images(data: Path) -> tuple[Tensor, Tensor]:
 
 def read_split(folder: Path, split: str) -> Tensor:
     """The images of train-images-idx3-ubyte, or .idx3-ubyte, or t10k-…, gzipped or not."""
-    paths = sorted(folder.glob(f"{split}-images?idx3-ubyte*"))
+    paths = [path for path in folder.glob(f"{split}-images?idx3-ubyte*") if path.is_file()]
     if not paths:
         raise ValueError(f"{folder}: no IDX file {split}-images-idx3-ubyte(.gz) there. --data "
                          "takes a folder like data/mnist, or a .pt file; the README, under Your "
                          "own images, makes one of a folder of pictures")
-    images = read_idx(paths[0])
+    images = read_idx(min(paths))
     if images.ndim != 3:
-        raise ValueError(f"{paths[0]}: expected images (N, H, W), got {tuple(images.shape)}")
+        raise ValueError(f"{min(paths)}: expected images (N, H, W), got {tuple(images.shape)}")
     return images[:, None]
 
 
@@ -442,6 +449,9 @@ def prepare(options: dict) -> tuple:
         raise ValueError(f"--data {config['data']}: {len(images)} images {shape['image_shape']}, "
                          f"but this run began with {config['images']} of {config['image_shape']}")
     config.update(shape)
+    if state and state["step"] > total_steps(config):
+        raise ValueError(f"--steps {total_steps(config)}: this run has taken {state['step']} "
+                         "already; --resume without --steps or --epochs ends it as it began")
     torch.manual_seed(config["seed"])
     model = build_model(config).to(device)
     with torch.no_grad():
@@ -460,7 +470,7 @@ def main(argv: list[str] | None = None):
         if RANKS > 1:
             nccl = device.type == "cuda" and distributed.is_nccl_available()  # not on Windows
             distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error))
     if RANK == 0:
         size = sum(parameter.numel() for parameter in model.parameters())
@@ -469,7 +479,7 @@ def main(argv: list[str] | None = None):
               + (f" and {RANKS - 1} more" if RANKS > 1 else ""), flush=True)
     try:
         ema, step, total, stop = train(*arguments)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         parser.error(f"{error}; --resume goes on from the last checkpoint")
     finally:
         if RANKS > 1:

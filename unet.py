@@ -113,7 +113,7 @@ class UNet(nn.Module):
         attention: the levels whose blocks end in self-attention, which costs (H·W)² at each; that
             of the middle's first block is always there.
         dropout: probability inside the residual blocks.
-        fourier: the n of `fourier_features`, whole numbers from 0 to 8.
+        fourier: the n of `fourier_features`, whole numbers.
         alphas: α_1, …, α_T of the chain, for an ε̂_θ that is put together from a noise and an image
             (see `combine`).
 

@@ -66,6 +66,11 @@ class GaussianMixture:
         return torch.normal(self.p_x_given_k.mean[k], self.p_x_given_k.stddev[k])
 
 
+def refuse_bytes(x: Tensor):
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floats, images in [-1, 1], got {x.dtype}")
+
+
 class VAE(nn.Module):
     """The variational auto-encoder of §1 over any two networks; `conv_networks` makes a pair.
 
@@ -99,9 +104,11 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    ((1.2)): (mu, log_var), (B, d) each."""
-        if not x.is_floating_point():
-            raise ValueError(f"x must be floats, images in [-1, 1], got {x.dtype}")
-        mu, log_var = self.encoder(x).to(x.dtype).chunk(2, dim=1)  # as float32 under autocast, too
+        refuse_bytes(x)
+        both = self.encoder(x).to(x.dtype)  # float32 under autocast, too
+        if both.shape[1] % 2:
+            raise ValueError(f"the encoder must make (B, 2d) of x, got {tuple(both.shape)}")
+        mu, log_var = both.chunk(2, dim=1)
         return mu, log_var
 
     def decode(self, z: Tensor) -> Tensor:
@@ -149,6 +156,7 @@ class VAE(nn.Module):
         u is uniform over a pixel's bin, 2/255 wide on [-1, 1] ("A note on the evaluation of
         generative models", arXiv 1511.01844). One u is drawn for each x.
         """
+        refuse_bytes(x)
         u = (torch.rand_like(x) - 0.5) * (2 / 255)
         terms = self.elbo(x + u)
         elbo = terms["reconstruction"] - terms["kl"]
