@@ -272,8 +272,8 @@ class DDPM(nn.Module):
 
         The boxes "Training Algorithm for DDPM", which prints ᾱ_t x_0 where (2.11) has √ᾱ_t x_0, and
         "Training DDPM using ε̂_θ", up to the gradient step. In the ELBO each t has a factor of its
-        own, for x̂_θ that of (2.43). The boxes drop it, which costs some likelihood and gives better
-        pictures (arXiv 2006.11239, section 3.4).
+        own, that of (2.43) for x̂_θ. The boxes drop it, which costs some likelihood and gives
+        better pictures (arXiv 2006.11239, section 3.4).
         """
         # t ~ Uniform{1, …, T} for each image. All but the first are spread evenly behind it: less
         # noise in the loss ("Variational Diffusion Models", arXiv 2107.00630).
@@ -289,8 +289,8 @@ class DDPM(nn.Module):
     def reverse_chain(self, x_T: Tensor) -> Iterator[tuple[int, Tensor]]:
         """x_{t−1} = μ_θ(x_t) + σ_q(t) z,    z ~ N(0, I),    for t = T, …, 1    ((2.48), (2.52))
 
-        Both boxes "Inference of DDPM", from their first line, x_T ~ N(0, I), on; an ε̂_θ goes by way
-        of x̂_θ, which can be clipped (see `p_transition`). Yields (t, x_t) for t = T − 1, …, 0.
+        Both boxes "Inference of DDPM", from their first line, x_T ~ N(0, I), on. An ε̂_θ goes by
+        way of x̂_θ, which can be clipped: see `p_transition`. Yields (t, x_t) for t = T − 1, …, 0.
         """
         x_t = x_T
         for t in range(self.T, 0, -1):

@@ -38,12 +38,11 @@ LATENT_SIDE = 20  # images along each side of the latent grid
 FORMAT = 4  # of checkpoints
 
 
-def draw(model: nn.Module, noise: Tensor, steps: int | None, eta: float,
+def draw(model: nn.Module, noise: Tensor, steps: int | None, length: int, eta: float,
          keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
     """Images from z or x_T as uint8 (n, C, H, W), under a progress bar, and of a DDPM's first batch
-    also what it was after i steps, for every i in keep."""
+    also what it was after i of the `length` steps, for every i in keep."""
     images, film = [], {0: to_uint8(noise[:BATCH])}
-    length = steps or getattr(model, "T", 1)
     with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
         for x_T in noise.split(BATCH):
             if isinstance(model, VAE):
@@ -144,8 +143,8 @@ def main(argv: list[str] | None = None):
         chain = evenly(length, CHAIN_FRAMES) if args.chain else []
         strip = evenly(length, STRIP_FRAMES) if args.strip else []
         with autocast(noise.device, args.precision):
-            images, film = draw(model, noise, args.steps, 1.0 if args.eta is None else args.eta,
-                                chain + strip)
+            images, film = draw(model, noise, args.steps, length,
+                                1.0 if args.eta is None else args.eta, chain + strip)
         if args.out.suffix == ".pt":
             save(args.out, images)
         else:
@@ -219,7 +218,7 @@ def save(path: Path, value):
     """torch.save, all of it or nothing: a new file, complete on the disk, takes the old one's
     place. Whatever stops this, `path` is the old file or the new one. Raises OSError."""
     buffer, new = io.BytesIO(), Path(f"{path}.tmp")
-    torch.save(value, buffer)
+    torch.save(value, buffer)  # on a full disk torch would raise RuntimeError
     with open(new, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
@@ -249,7 +248,7 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware multiplies
     bfloat16 itself (CUDA since Ampere, CPUs with AMX or AVX-512 BF16). Never float16: its
-    largest number is 65504, and what passes it is inf."""
+    largest number is 65504, and anything larger becomes inf."""
     if precision == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif precision == "auto" and device.type == "cpu":
@@ -258,6 +257,13 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     else:
         bf16 = precision == "bf16"
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def keep_freed_memory():
+    """Once glibc has seen a large block freed (32 MiB is the most that it learns from, and this is
+    just under), it keeps what a layer frees for the next one. Until then it hands it back to the
+    kernel and takes it again, page by page: a fifth of the time on a CPU."""
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------ pictures
@@ -321,18 +327,11 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     """The argparse type of numbers from low to high: nan and inf are refused."""
     def parse(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
         return value
     parse.__name__ = kind.__name__  # for argparse's own message
     return parse
-
-
-def keep_freed_memory():
-    """Once glibc has seen a block of this size freed (just under 32 MiB, the most that it learns
-    from), it keeps what a layer frees for the next one. Until then it hands it back to the kernel
-    and takes it again, page by page: a fifth of the time on a CPU."""
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without it
 
 import torch
-# Now, not with DistributedDataParallel: its default arguments hold the process group of the moment,
-# and a group of ours would outlive its end, and abort the exit.
+# DistributedDataParallel would import this once our process group exists, and the default arguments
+# in it would keep that group alive past its end, which aborts the exit.
 import torch.distributed.nn.functional
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -49,7 +49,7 @@ DEFAULTS = {
     "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
                 channels=16),
 }
-# The other options of both models, and their defaults: only these may change at --resume.
+# What every run has beside them: the only options that may change at --resume.
 CHANGEABLE = dict(data=str(Path(__file__).resolve().parent / "data" / "mnist"), epochs=None,
                   steps=None, device="auto", precision="auto")
 # The test ELBO at the end: the number of images, and the options of the model's `bits_per_dim`.
@@ -76,7 +76,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     images, test: uint8 (N, C, H, W). Raises OSError if a file can't be written, and
     FloatingPointError before a row or a checkpoint would hold a nan or inf.
     """
-    # 0.99 where 0.999 is usual: of a run of 2,000 steps, 1,000 would be too many to average over.
+    # β₂ = 0.99, not the usual 0.999, which averages over 1,000 steps: too many in a run of 2,000.
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval()
     step = 0
@@ -93,7 +93,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
                                           gradient_as_bucket_view=True)
 
     with log.bar, caught_signals() as signals:
-        log.checkpoint(step, model, ema, optimizer)  # from here on there is one to go on from
+        log.checkpoint(step, model, ema, optimizer)  # so that --resume always finds one
         stop = 0  # or the number of a signal
         while step < log.total and not stop:
             x = next_batch(images, config, step, device)
@@ -106,7 +106,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
             optimizer.zero_grad()
             step += 1
             average = get_ema_multi_avg_fn(ema_decay(step))
-            average(list(ema.parameters()), list(model.parameters()), 0)  # which ignores the 0
+            average(list(ema.parameters()), list(model.parameters()), 0)  # the 0 is not used
 
             log.add(loss.detach())
             draw = step % log.interval == 0 or step == log.total
@@ -177,8 +177,8 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-# Outlives the process group. Up to torch 2.7 a group that ends waits for gloo's threads, and one of
-# them may be freeing the tensor it reduced last, which needs the lock that the group's end holds.
+# Global, so that it outlives the process group. Up to torch 2.7 the end of a group waits for gloo's
+# threads and holds Python's lock (GIL), which a thread needs to free the tensor it reduced last.
 SIGNAL = torch.zeros((), dtype=torch.long)
 
 
@@ -219,12 +219,8 @@ class Log:
         self.losses.append(loss)
         try:
             self.bar.update(self.batch_size)
-        except BrokenPipeError:  # Ctrl-C ends `2>&1 | tee log`, too, and has still to be answered
+        except BrokenPipeError:  # Ctrl-C also ends the tee of `2>&1 | tee log`; save first
             self.bar.disable = True
-
-    def seconds(self) -> float:
-        """Of the run so far."""
-        return time.perf_counter() - self.start
 
     def row(self, step: int, lr: float):
         """The mean loss since the last row, beside this step's learning rate."""
@@ -235,7 +231,7 @@ class Log:
         check_finite(step, mean)
         self.bar.set_postfix({"loss": f"{mean.item():.4f}"}, refresh=False)
         if RANK == 0:
-            seconds = self.seconds()
+            seconds = time.perf_counter() - self.start
             with open(self.out / "metrics.csv", "a") as file:
                 print(step, f"{step / self.steps_per_epoch:.4f}", mean.item(), lr,
                       f"{step * self.batch_size / seconds:.1f}", f"{seconds:.3f}", sep=",",
@@ -256,9 +252,9 @@ class Log:
         self.saved = time.perf_counter()
         if RANK == 0:
             save(self.out / "checkpoint.pt", {
-                "format": FORMAT, "config": self.config, "step": step, "seconds": self.seconds(),
-                "model": model.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict()})
+                "format": FORMAT, "config": self.config, "step": step,
+                "seconds": self.saved - self.start, "model": model.state_dict(),
+                "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
 
 
 def check_finite(step: int, *values: Tensor):
@@ -278,10 +274,10 @@ def trim(path: Path, step: int):
 
 @torch.no_grad()
 def draw_pictures(model: nn.Module, x: Tensor, config: dict) -> dict[str, Tensor]:
-    """By name: 64 samples, from the same noise every time (of a DDPM in 50 steps of DDIM), and for
-    a VAE reconstructions beside the originals x. In portions that fit wherever training does."""
+    """By name: 64 samples, always from the same noise (of a DDPM in 50 steps of DDIM) and a batch
+    at a time, to fit where training does; for a VAE reconstructions beside the originals x."""
     torch.manual_seed(config["seed"])
-    noise = draw_noise(config, 64).to(x.device).split(max(1, config["batch_size"] // RANKS))
+    noise = draw_noise(config, 64).to(x.device).split(config["batch_size"] // RANKS)
     if config["model"] == "ddpm":
         steps = min(50, model.T)
         return {"samples": torch.cat([model.sample(x_T, steps) for x_T in noise])}
@@ -290,6 +286,7 @@ def draw_pictures(model: nn.Module, x: Tensor, config: dict) -> dict[str, Tensor
             "reconstructions": pairs.flatten(0, 1)}
 
 
+@torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, batch_size: int, device: torch.device,
              options: dict) -> float:
     """−ELBO in bits/dim, the mean over the images, in float32."""
@@ -365,7 +362,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
         key = name[2:].replace("-", "_")
         defaults = {model: options[key] for model, options in DEFAULTS.items() if key in options}
         for model, value in defaults.items():
-            text = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
+            text = (" ".join(map(str, value)) or "none") if isinstance(value, list) else value
             help += f"; {text} for {model}"
         group.add_argument(name, help=help, **kwargs)
 
@@ -383,8 +380,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--batch-size", "images in a step, of all devices together", type=count)
     add("--lr", "peak learning rate", type=number(float, 1e-9, 1))
     add("--seed", "of every random number", type=number(int, 0, 2**63 - 1))
-    add("--device", "auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one")
-    add("--precision", "auto is bf16 autocast on hardware that has bf16",
+    add("--device", "cpu, cuda, cuda:N, mps or auto, the default: CUDA where there is one")
+    add("--precision", "auto, the default, is bf16 autocast on hardware that has bf16",
         choices=["auto", "fp32", "bf16"])
     add("--resume", "go on with the run in --out", action="store_true")
     add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
@@ -407,7 +404,7 @@ def configure(options: dict, saved: dict | None) -> dict:
     """What defines a run and is kept in its checkpoint: these options over the model's defaults, or
     over those of the saved run, of which only some may change. Raises ValueError."""
     defaults = {"model": options["model"], **CHANGEABLE, **DEFAULTS[options["model"]]}
-    for name, value in {"model": options["model"], **options}.items():  # it decides the others
+    for name, value in {"model": options["model"], **options}.items():  # which decides the others
         flag = f"--{name.replace('_', '-')}"
         if name not in defaults:
             raise ValueError(f"{flag} is not an option of --model {options['model']}")
@@ -445,13 +442,13 @@ def prepare(options: dict) -> tuple:
         raise ValueError(f"--batch-size {batch_size}: must be at most {len(images)}, the images in "
                          f"{config['data']}, and divisible among {RANKS} processes")
     shape = {"images": len(images), "image_shape": list(images.shape[1:])}
-    if state and not shape.items() <= config.items():
+    if state and config != {**config, **shape}:
         raise ValueError(f"--data {config['data']}: {len(images)} images {shape['image_shape']}, "
                          f"but this run began with {config['images']} of {config['image_shape']}")
     config.update(shape)
     if state and state["step"] > total_steps(config):
-        raise ValueError(f"--steps {total_steps(config)}: this run has taken {state['step']} "
-                         "already; --resume without --steps or --epochs ends it as it began")
+        raise ValueError(f"{total_steps(config)} steps: this run has taken {state['step']}; "
+                         "--resume without --steps or --epochs goes on to the end that was set")
     torch.manual_seed(config["seed"])
     model = build_model(config).to(device)
     with torch.no_grad():
@@ -480,7 +477,7 @@ def main(argv: list[str] | None = None):
     try:
         ema, step, total, stop = train(*arguments)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        parser.error(f"{error}; --resume goes on from the last checkpoint")
+        parser.error(f"{error}; --resume goes on from the last checkpoint, if there is one")
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The denoiser, x̂_θ(x_t) of §2.4 or ε̂_θ(x_t) of §2.5 in version 3, January 2025, of the tutorial
-(arXiv 2403.18103): whichever it is trained to be.
+(arXiv 2403.18103), as it is trained; with `alphas` ε̂_θ only.
 
 The tutorial leaves the network open: anything that maps a noisy image x_t and its time t to an
 image of the same shape will do. This is the U-Net of "Denoising Diffusion Probabilistic Models"
@@ -50,7 +50,7 @@ def fourier_features(x: Tensor, exponents: Sequence[int]) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as in arXiv 2006.11239, or 16, 8, …: the most whose size is a multiple of 4."""
+    """32 groups as in arXiv 2006.11239, or 16, 8, …: as many as have a multiple of 4 channels."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
@@ -115,7 +115,7 @@ class UNet(nn.Module):
         dropout: probability inside the residual blocks.
         fourier: the n of `fourier_features`, whole numbers.
         alphas: α_1, …, α_T of the chain, for an ε̂_θ that is put together from a noise and an image
-            (see `combine`).
+            (see `combine`). Without them the output is the head's, as in arXiv 2006.11239.
 
     UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1) is the
     CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters.
@@ -179,7 +179,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"images of {x.shape[2]}×{x.shape[3]} pixels: height and width must "
-                             f"be divisible by {self.stride}, one halving a level")
+                             f"be divisible by {self.stride}")
         time = self.time(time_embedding(t, self.channels).to(x.dtype))
         h = self.stem(fourier_features(x, self.fourier))
         skips = [h]
@@ -199,12 +199,12 @@ class UNet(nn.Module):
     def combine(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """ε̂_θ = [κ ᾱ_t ε̂ + √(1 − ᾱ_t) (x_t − √ᾱ_t x̂)] / (κ ᾱ_t + 1 − ᾱ_t)
 
-        where ε̂ and x̂ are the output's halves: the mean of two estimates of ε, of ε̂ with the weight
-        κ ᾱ_t and of the noise between x̂ and x_t with the weight 1 − ᾱ_t. In almost pure noise ε̂_θ is
-        x_t but for a few per cent, and those few per cent are the picture: bfloat16 rounds them
-        away. With this the network has only to say there what x̂ is. κ = 1 would be a network for
-        the velocity (arXiv 2202.00512), and costs likelihood at small t; 8 was found by trial. The
-        two outputs are from "Dynamic Dual-Output Diffusion Models" (arXiv 2203.04304).
+        where ε̂ and x̂ are the output's halves: the mean of two estimates of ε, of ε̂ with the
+        weight κ ᾱ_t and of the noise between x̂ and x_t with the weight 1 − ᾱ_t. In almost pure
+        noise ε̂_θ is x_t but for a few per cent, and those few per cent are the picture: bfloat16
+        rounds them away. With this the network has only to say there what x̂ is. κ = 1 would be a
+        network for the velocity (arXiv 2202.00512), and costs likelihood at small t; 8 was found by
+        trial. The two outputs are from "Dynamic Dual-Output Diffusion Models" (arXiv 2203.04304).
         """
         noise_hat, x0_hat = output.to(x.dtype).chunk(2, dim=1)
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
