@@ -113,11 +113,14 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         suffixes = (".png", ".pt") if option == "--out" else (".png",)
         if path.suffix not in suffixes:
             raise ValueError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
-        if path.name == "checkpoint.pt" or path.resolve() == args.checkpoint.resolve():
-            raise ValueError(f"{option} {path}: a checkpoint is not overwritten; name another file")
+        if (path.is_dir() or path.name == "checkpoint.pt"
+                or path.resolve() == args.checkpoint.resolve()):
+            raise ValueError(f"{option} {path}: a folder or a checkpoint is not overwritten")
         trial = Path(f"{path}.tmp")  # OSError where the folder is missing, or the name too long
         trial.touch()
         trial.unlink()
+    if len({path.resolve() for path in files.values()}) < len(files):
+        raise ValueError(f"{', '.join(files)}: each needs a file of its own")
     state, model = read_checkpoint(args.checkpoint)
     config = state["config"]
     for option in ("steps", "eta", "chain", "strip") if config["model"] == "vae" else (

@@ -1147,8 +1147,8 @@ class TestRuns(CommandTest):
         self.in_process(*self.train("vae", "--steps", 32))
         path = self.run_folder / "metrics.csv"
         rows = path.read_text()
-        for spoiled in ("40,1,1\n50,1,1\n", "33,1", "\na note\n"):
-            path.write_text(rows + spoiled)
+        for spoiled in ("40,1,1\n50,1,1\n", "33,1", "\na note \xff\n"):
+            path.write_text(rows + spoiled, encoding="latin-1")
             self.in_process(*self.train("vae", "--steps", 32, "--resume"))
             self.assertEqual(path.read_text(), rows)
 
@@ -1288,7 +1288,8 @@ train.main()
                 ("--device cuda:99", "--device", "cuda:99"), ("must end in", "--out", "x.jpg"),
                 ("must end in", "--chain", "x.pt"), ("No such file", "--out", "nowhere/x.png"),
                 ("too long", "--out", "x" * 250 + ".png"),
-                ("not overwritten", "--out", self.checkpoint)):
+                ("not overwritten", "--out", self.checkpoint),
+                ("file of its own", "--out", "x.png", "--latent-grid", "./x.png")):
             self.assertMistake("sample.py", ["--checkpoint", self.checkpoint, *arguments], expected)
         for script, arguments in (("sample.py", []), ("train.py", self.train("vae"))):
             errors = self.command(script, *arguments, status=2)

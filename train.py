@@ -267,7 +267,7 @@ def check_finite(step: int, *values: Tensor):
 def trim(path: Path, step: int):
     """Leave metrics.csv with its head and the rows up to this step. Rows after the last checkpoint
     are cut off: those steps will be taken again."""
-    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     path.write_text("step,epoch,loss,lr,images_per_second,seconds\n" + "".join(
         row for row in rows if re.match(r"\d+,.*\n", row) and int(row.partition(",")[0]) <= step))
 

@@ -169,8 +169,8 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
                                              nn.Conv2d(c, c, 3, padding=1)))
-        self.register_buffer("alpha_bar", None, persistent=False)  # (T + 1,), for `combine`
-        if alphas is not None:
+        self.register_buffer("alpha_bar", None, persistent=False)
+        if alphas is not None:  # (T + 1,). Where float32 rounds 1 − ᾱ_t its weight is next to 0
             self.alpha_bar = F.pad(alphas.double().cumprod(0), (1, 0), value=1.0).float()
         outputs = image_channels * (1 if alphas is None else 2)
         self.head = nn.Sequential(

@@ -32,8 +32,8 @@ class GaussianMixture:
     p(k) = π_k, p(x | k) = N(x | μ_k, σ_k² I), p(x) = Σ_k π_k N(x | μ_k, σ_k² I).
 
     Args:
-        weights: π, (K,), positive; scaled to sum 1.
-        means: μ, (K, d).
+        weights: π, (K,), not negative; scaled to sum 1.
+        means: μ, (K, d), floats.
         stds: σ, (K,), positive.
     """
 
@@ -47,7 +47,7 @@ class GaussianMixture:
 
     def log_joint(self, x: Tensor) -> Tensor:
         """log p(x, k) = log π_k + log N(x | μ_k, σ_k² I) in nats: (n, d) -> (n, K)."""
-        return self.p_k.logits + self.p_x_given_k.log_prob(x[:, None])
+        return self.p_k.logits + self.p_x_given_k.log_prob(x.unsqueeze(-2))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) = log Σ_k π_k N(x | μ_k, σ_k² I) in nats: (n,)."""
