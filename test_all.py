@@ -468,7 +468,8 @@ class TestMeta(Test):
             added = []
             with mock.patch.object(train.torch.optim, "Adam", unfused), \
                     mock.patch.object(train, "trim"), \
-                    mock.patch.multiple(train.Log, checkpoint=mock.DEFAULT,
+                    mock.patch.multiple(train.Log, saved=math.inf, create=True,
+                                        checkpoint=lambda *arguments: None,
                                         add=lambda log, loss: log.losses.append(loss) or
                                         added.append(loss)), \
                     contextlib.redirect_stderr(io.StringIO()), \
