@@ -327,7 +327,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """The argparse type of numbers from low to high: nan and inf are refused."""
+    """The argparse type of numbers from low to high, among which nan is none."""
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:

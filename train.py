@@ -339,14 +339,15 @@ def load_images(data: Path) -> tuple[Tensor, Tensor]:
 
 def read_split(folder: Path, split: str) -> Tensor:
     """The images of train-images-idx3-ubyte, or .idx3-ubyte, or t10k-…, gzipped or not."""
-    paths = [path for path in folder.glob(f"{split}-images?idx3-ubyte*") if path.is_file()]
-    if not paths:
+    found = folder.glob(f"{split}-images?idx3-ubyte*")
+    path = min((path for path in found if path.is_file()), default=None)
+    if path is None:
         raise ValueError(f"{folder}: no IDX file {split}-images-idx3-ubyte(.gz) there. --data "
                          "takes a folder like data/mnist, or a .pt file; the README, under Your "
                          "own images, makes one of a folder of pictures")
-    images = read_idx(min(paths))
+    images = read_idx(path)
     if images.ndim != 3:
-        raise ValueError(f"{min(paths)}: expected images (N, H, W), got {tuple(images.shape)}")
+        raise ValueError(f"{path}: expected images (N, H, W), got {tuple(images.shape)}")
     return images[:, None]
 
 

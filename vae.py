@@ -108,8 +108,7 @@ class VAE(nn.Module):
         both = self.encoder(x).to(x.dtype)  # float32 under autocast, too
         if both.shape[1] % 2:
             raise ValueError(f"the encoder must make (B, 2d) of x, got {tuple(both.shape)}")
-        mu, log_var = both.chunk(2, dim=1)
-        return mu, log_var
+        return both.chunk(2, dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """f_θ(z), the mean of p_θ(x | z) = N(x | f_θ(z), σ_dec² I)    ((1.3)): (B, d) -> (B, …)."""
