@@ -79,6 +79,11 @@ def cauchy_alphas(T: int) -> Tensor:
     return alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1.0)
 
 
+def refuse_bytes(x: Tensor):
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floats, images in [-1, 1], got {x.dtype}")
+
+
 class DDPM(nn.Module):
     """The chain of §2 over any network, for images or anything else of one shape: x_t is (B, …).
 
@@ -108,14 +113,16 @@ class DDPM(nn.Module):
         self.alpha_bar = self.alpha.cumprod(0)  # ᾱ_t = α_1 α_2 … α_t
         self.alpha_bar_prev = self.alpha_bar.roll(1)  # ᾱ_{t−1}; its entry 0 means nothing
         self.variance_q = (1 - self.alpha) * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        # √ᾱ_t and √(1 − ᾱ_t) for `loss`, which reads them on the device. mps has no float64.
+        self.register_buffer("roots", torch.stack(
+            [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()]).float(), persistent=False)
         if self.alpha_bar[-1] < 1e-50:
             raise ValueError(f"alphas multiply to {self.alpha_bar[-1]:.0e}, so that x_t is white "
                              "noise long before T: are they α_t, not 1 − α_t or ᾱ_t?")
 
     def index(self, t: int | Tensor, x: Tensor) -> Tensor:
         """t as an index into the tables, on the CPU: () for an int, else (B,)."""
-        if not x.is_floating_point():
-            raise ValueError(f"x must be floats, images in [-1, 1], got {x.dtype}")
+        refuse_bytes(x)
         t = torch.as_tensor(t, device="cpu")
         if (t.is_floating_point() or t.shape not in ((), x.shape[:1])
                 or not ((1 <= t) & (t <= self.T)).all()):
@@ -249,11 +256,15 @@ class DDPM(nn.Module):
 
     # -------------------------------------------------- §2.4 Training and Inference
 
-    def denoise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The network's output, in x_t's precision even where autocast computed in another."""
-        t = self.index(t, x_t)
-        t = (x_t.new_full(x_t.shape[:1], t.item(), dtype=torch.long) if t.ndim == 0
-             else t.to(x_t.device, non_blocking=x_t.is_cuda))
+    def times(self, t: int | Tensor, x: Tensor) -> Tensor:
+        """t for each image, (B,) on x's device, as the network reads it."""
+        t = self.index(t, x)
+        return (x.new_full(x.shape[:1], t.item(), dtype=torch.long) if t.ndim == 0
+                else t.to(x.device, non_blocking=x.is_cuda))
+
+    def output(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's output for t, (B,) on x_t's device, in x_t's precision even where autocast
+        computed in another."""
         output = self.denoiser(x_t, t)
         if output.shape != x_t.shape:
             raise ValueError(f"the denoiser made {tuple(output.shape)} of {tuple(x_t.shape)}")
@@ -261,7 +272,7 @@ class DDPM(nn.Module):
 
     def predict_x0(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """x̂_θ(x_t); of ε̂_θ it is (x_t − √(1 − ᾱ_t) ε̂_θ(x_t)) / √ᾱ_t, (2.11) solved for x_0"""
-        output = self.denoise(x_t, t)
+        output = self.output(x_t, self.times(t, x_t))
         if self.predict == "noise":
             root, std = self.at(t, x_t, self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
             output = (x_t - std * output) / root
@@ -275,13 +286,17 @@ class DDPM(nn.Module):
         own, that of (2.43) for x̂_θ. The boxes drop it, which costs some likelihood and gives
         better pictures (arXiv 2006.11239, section 3.4).
         """
-        # t ~ Uniform{1, …, T} for each image. All but the first are spread evenly behind it: less
-        # noise in the loss ("Variational Diffusion Models", arXiv 2107.00630).
-        B = len(x_0)
-        t = 1 + (torch.randint(self.T, (1,)) + torch.arange(B) * self.T // max(B, 1)) % self.T
-        noise = torch.randn_like(1.0 * x_0)  # float even for bytes, which q_sample then refuses
-        x_t = self.q_sample(x_0, t, noise)
-        return F.mse_loss(self.denoise(x_t, t), noise if self.predict == "noise" else x_0)
+        refuse_bytes(x_0)
+        # t ~ Uniform{1, …, T} for every image; not independent, but at equal strides from a random
+        # first one, so that a batch covers the chain ("Variational Diffusion Models", arXiv
+        # 2107.00630). The host never sees t, so that a CUDA graph can record this.
+        B, T, device = len(x_0), self.T, x_0.device
+        t = 1 + torch.randint(T, (1,), device=device) + torch.arange(B, device=device) * T // B
+        t = torch.where(t > T, t - T, t)  # on mps before torch 2.8 % is not exact
+        noise = torch.randn_like(x_0)
+        root, std = self.roots.to(x_0)[:, t].view(2, B, *[1] * (x_0.ndim - 1))
+        x_t = root * x_0 + std * noise  # (2.11)
+        return F.mse_loss(self.output(x_t, t), noise if self.predict == "noise" else x_0)
 
     forward = loss  # a module is called through forward, for example by DistributedDataParallel
 
@@ -324,7 +339,7 @@ class DDPM(nn.Module):
 
     def predict_noise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """ε̂_θ(x_t); of x̂_θ it is the noise between x̂_θ(x_t), not clipped, and x_t"""
-        output = self.denoise(x_t, t)
+        output = self.output(x_t, self.times(t, x_t))
         return output if self.predict == "noise" else self.noise_between(output, x_t, t)
 
     # -------------------------------------------------- §2.6 DDIM

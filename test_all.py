@@ -31,6 +31,8 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.distributions import (Categorical, Independent, MixtureSameFamily, Normal,
                                  kl_divergence)
 
@@ -487,6 +489,25 @@ class TestMeta(Test):
             self.assertEqual(vae.sample(torch.zeros(3, 4, device="meta")).shape, x.shape)
 
 
+    def test_a_step_touches_nothing_on_the_cpu(self):
+        # A CUDA graph would keep a number from there as it was.
+        alphas = cauchy_alphas(10)
+        for model in (DDPM(UNet(1, 8, (1, 2), dropout=0.1, alphas=alphas), alphas),
+                      small_vae(decoder_std="learned")):
+            model.to("meta")
+            with OnlyMeta():
+                loss = model.loss(torch.zeros(3, 1, 8, 8, device="meta"))
+                torch.autograd.grad(loss, list(model.parameters()))
+
+
+class OnlyMeta(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, output)):
+            assert getattr(x, "device", None) != CPU, f"{operation} of {tuple(x.shape)} on the CPU"
+        return output
+
+
 # ------------------------------------------------------------------------------ the network
 
 
@@ -860,6 +881,102 @@ class CommandTest(FileTest):
         while not (folder / "metrics.csv").exists() or len(self.metrics(folder)) < 3:
             self.assertLess(time.monotonic(), until)
             time.sleep(0.01)
+
+
+class Graph:
+    """What torch.cuda.CUDAGraph does, on the CPU: a list of operations, those of the backward pass,
+    too. A replay runs them again, without any of our Python, into the same tensors."""
+
+    def __init__(self):
+        self.operations = []
+
+    def replay(self):
+        with torch._C._AutoDispatchBelowAutograd():
+            for operation, args, kwargs, output in self.operations:
+                again = operation(*args, **kwargs)
+                for x, y in zip(tree_leaves(output), tree_leaves(again), strict=True):
+                    if x is not None and x.data_ptr() != y.data_ptr():
+                        x.copy_(y)
+
+
+class Recording(TorchDispatchMode):
+    """What torch.cuda.graph does: operations go into the graph. Here they run, too, and so what
+    they do to the random numbers is undone."""
+
+    def __init__(self, graph, stream):
+        super().__init__()
+        self.graph, self.seed = graph, torch.get_rng_state()
+
+    def __exit__(self, *error):
+        torch.set_rng_state(self.seed)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        if any(isinstance(x, (bool, int, float)) for x in tree_leaves(output)):
+            raise RuntimeError(f"{operation}: not permitted when stream is capturing")
+        if not operation.is_view:
+            self.graph.operations.append((operation, args, kwargs or {}, output))
+        return output
+
+
+@contextlib.contextmanager
+def graphs_on_the_cpu():
+    fork = torch.random.fork_rng
+    with mock.patch.multiple(torch.cuda, CUDAGraph=Graph, graph=Recording, Stream=mock.Mock,
+                             current_stream=mock.Mock, stream=contextlib.nullcontext,
+                             device=contextlib.nullcontext), \
+            mock.patch.object(torch.random, "fork_rng", lambda devices: fork([])), \
+            mock.patch.object(sample, "RECORDED", ["cpu"]):
+        yield
+
+
+class TestGraph(CommandTest):
+    def test_a_recorded_run_is_the_run(self):
+        # Stopped after 12 steps and resumed it is, too.
+        for model, precision in (("ddpm", "fp32"), ("ddpm", "bf16"), ("vae", "fp32")):
+            more = ["--dropout", 0.1] if model == "ddpm" else ["--decoder-std", "learned"]
+            eager, recorded = (self.folder / f"{model} {precision} {i}" for i in range(2))
+            options = [*more, "--precision", precision, "--steps", 25]
+            signals = iter([0] * 11 + [signal.SIGTERM])
+            with mock.patch.object(train, "evaluate", lambda *arguments: 0.0):
+                self.in_process(*self.train(model, *options, out=eager))
+                with graphs_on_the_cpu(), mock.patch.object(
+                        train, "signal_of_any_rank", lambda _: next(signals, 0)):
+                    self.in_process(*self.train(model, *options, out=recorded))
+                    self.in_process(*self.train(model, *options, "--resume", out=recorded))
+            for row in (0, 2):  # that of step 20 is of the steps since it went on
+                self.assertEqual(*(self.metrics(out)[row]["loss"] for out in (eager, recorded)))
+            a, b = (sample.load(out / "checkpoint.pt") for out in (eager, recorded))
+            for part in ("step", "model", "ema", "optimizer"):
+                self.assertSame(a[part], b[part])
+            self.assertEqual(*((out / "samples_000025.png").read_bytes()
+                               for out in (eager, recorded)))
+
+    def test_a_recorded_chain_is_the_chain(self):
+        # Of batches of 2, 2 and 1.
+        alphas, noise = cauchy_alphas(10), torch.randn(5, 1, 8, 8)
+        ddpm = DDPM(random_weights(UNet(1, 8, (1, 2), alphas=alphas)), alphas).eval()
+        images = []
+        with mock.patch.object(sample, "BATCH", 2), contextlib.redirect_stderr(io.StringIO()):
+            for graphs in (contextlib.nullcontext(), graphs_on_the_cpu()):
+                torch.manual_seed(0)
+                with graphs:
+                    images.append(sample.draw(ddpm, noise, 4, 4, 1.0, [])[0])
+        self.assertSame(*images)
+
+    def test_recording_draws_no_random_numbers(self):
+        draws = []
+        for graphs in (contextlib.nullcontext(), graphs_on_the_cpu()):
+            torch.manual_seed(0)
+            with graphs:
+                f = sample.cuda_graph(lambda x: x + torch.rand_like(x))
+                draws.append([f(torch.ones(n)) for n in (2, 2, 3)])
+        self.assertSame(*draws)
+
+    def test_what_the_host_waits_for_is_refused(self):
+        with graphs_on_the_cpu(), self.assertRaisesRegex(RuntimeError, "not permitted"):
+            sample.cuda_graph(lambda x: x * x.sum().item())(torch.ones(2))
 
 
 class TestEndToEnd(CommandTest):
@@ -1350,6 +1467,36 @@ class TestCUDA(CommandTest):
         for a, b in zip(here, there):
             self.assertEqual(a.device.type, "cuda")
             self.assertClose(a.cpu(), b, rtol=0.02, atol=0.02)
+
+    def test_a_graph_draws_what_its_function_draws(self):
+        drop = nn.Dropout(0.5)
+
+        def f(x):
+            return drop(x) + torch.randn_like(x) + torch.randint(1000, (1,), device=x.device)
+
+        for device in (0, torch.cuda.device_count() - 1):
+            x, graph = torch.rand(1000, device=torch.device("cuda", device)), sample.cuda_graph(f)
+            for seed in (1, -2, 2**62):
+                draws = []
+                for g in (graph, f):
+                    torch.manual_seed(seed)
+                    draws.append([g(x), g(2 * x), g(x[:10])])
+                self.assertSame(*draws)
+
+    def test_a_recorded_run_is_the_run(self):
+        # But for kernels that add in any order.
+        for model in ("vae", "ddpm"):
+            losses = []
+            for devices in ([], ["cuda"]):
+                out = self.folder / f"{model}{len(devices)}"
+                with mock.patch.object(sample, "RECORDED", devices):
+                    self.in_process(*self.train(model, "--steps", 20, out=out, device="cuda"))
+                losses.append(torch.tensor([float(row["loss"]) for row in self.metrics(out)]))
+            self.assertClose(*losses, rtol=1e-3)
+
+    def test_a_chain_that_was_never_moved(self):
+        ddpm = DDPM(lambda x_t, t: 0 * x_t + t.view(-1, 1), cauchy_alphas(10))
+        self.assertEqual(ddpm.loss(torch.zeros(8, 3, device="cuda")).device.type, "cuda")
 
     def test_both_models_end_to_end(self):
         for model in ("vae", "ddpm"):

@@ -29,17 +29,13 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without it
 
 import torch
-# DistributedDataParallel would import this once our process group exists, and the default arguments
-# in it would keep that group alive past its end, which aborts the exit.
-import torch.distributed.nn.functional
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, draw_noise, grid,
-                    keep_freed_memory, load, number, pick_device, read_checkpoint, save, to_uint8,
-                    write_png)
+from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph, draw_noise,
+                    grid, keep_freed_memory, load, number, pick_device, read_checkpoint,
+                    recorded, save, to_uint8, write_png)
 
 # The options that --model brings with it, and their defaults.
 DEFAULTS = {
@@ -61,7 +57,7 @@ WARM_UP = 0.05  # of the run
 EMA_DECAY = 0.9999
 CLIP = 1.0  # norm of the gradient
 # torchrun starts one process, a rank, for each device, and tells it this. The ranks share every
-# batch, only rank 0 writes, and DistributedDataParallel keeps their weights equal.
+# batch and only rank 0 writes. Their weights begin equal, and stay so: all take the same gradient.
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
@@ -87,28 +83,38 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         step = state["step"]
     log = Log(config, state, out)
     cast = autocast(device, config["precision"])
-    network = model
-    if RANKS > 1:
-        network = DistributedDataParallel(model, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)
+    # Every p.grad is a part of one vector, which a CUDA graph can write and ranks exchange in one
+    # call.
+    weights = list(model.parameters())
+    sizes = [p.numel() for p in weights]
+    gradient = torch.zeros(sum(sizes), device=device)
+    for p, part in zip(weights, gradient.split(sizes)):
+        p.grad = part.view_as(p)
+
+    @cuda_graph
+    def backward(x: Tensor) -> Tensor:
+        """The loss of a batch; its gradient goes into `gradient`."""
+        with cast:  # here: autocast casts the weights anew each time it is entered
+            loss = model(x)  # DDPM.loss or VAE.loss
+        parts = torch.autograd.grad(loss, weights)
+        torch.cat([part.flatten() for part in parts], out=gradient)
+        return loss.detach()
 
     with log.bar, caught_signals() as signals:
         log.checkpoint(step, model, ema, optimizer)  # so that --resume always finds one
         stop = 0  # or the number of a signal
         while step < log.total and not stop:
-            x = next_batch(images, config, step, device)
-            with cast:
-                loss = network(x)  # DDPM.loss or VAE.loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            loss = backward(next_batch(images, config, step, device))
+            if RANKS > 1:
+                distributed.all_reduce(gradient.div_(RANKS))
+            nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.param_groups[0]["lr"] = lr = config["lr"] * lr_share(step, log.total)
             optimizer.step()
-            optimizer.zero_grad()
             step += 1
             average = get_ema_multi_avg_fn(ema_decay(step))
-            average(list(ema.parameters()), list(model.parameters()), 0)  # the 0 is not used
+            average(list(ema.parameters()), weights, 0)  # the 0 is not used
 
-            log.add(loss.detach())
+            log.add(loss)
             draw = step % log.interval == 0 or step == log.total
             if step % ROW == 0 or step == log.total:
                 log.row(step, lr)
@@ -279,7 +285,7 @@ def draw_pictures(model: nn.Module, x: Tensor, config: dict) -> dict[str, Tensor
     torch.manual_seed(config["seed"])
     noise = draw_noise(config, 64).to(x.device).split(config["batch_size"] // RANKS)
     if config["model"] == "ddpm":
-        steps = min(50, model.T)
+        model, steps = recorded(model), min(50, model.T)
         return {"samples": torch.cat([model.sample(x_T, steps) for x_T in noise])}
     pairs = torch.stack([x, model.decode(model.encode(x)[0])], dim=1)
     return {"samples": torch.cat([model.sample(z) for z in noise]),
@@ -492,7 +498,7 @@ def main(argv: list[str] | None = None):
     elif RANK == 0:
         n, evaluation = EVALUATION[config["model"]]
         torch.manual_seed(config["seed"])
-        bits = evaluate(ema, test[:n], config["batch_size"] // RANKS, device, evaluation)
+        bits = evaluate(recorded(ema), test[:n], config["batch_size"] // RANKS, device, evaluation)
         nats = bits * math.log(2) * math.prod(config["image_shape"])
         print(f"test ELBO {-nats:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
               + "".join(f", {name} = {value}" for name, value in evaluation.items())
