@@ -5,7 +5,7 @@ Fig. 1.7): decode z ~ N(0, I). DDPM (§2.4, "Inference of DDPM", and §2.5, "…
 reverse chain from x_T ~ N(0, I) to x_0, through all T steps or, with --steps, through a few of
 DDIM's (§2.6).
 
-The second half serves train.py, too: models and checkpoints, devices, pictures, mistakes.
+The second half serves train.py, too: models and checkpoints, devices, pictures, command lines.
 """
 import argparse
 import contextlib
@@ -28,20 +28,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm import DDPM, cauchy_alphas, cosine_alphas, linear_alphas
-from unet import UNet
+from unet import Fourier, NoiseAndImage, UNet
 from vae import VAE, conv_networks
 
-BATCH = 256  # images drawn at a time, so that memory does not grow with -n
+BATCH = 256  # images that the network draws at a time
 CHAIN_FRAMES = 60  # of the animation, at most
 STRIP_FRAMES, STRIP_IMAGES = 11, 8  # columns and rows of the film strip
 LATENT_SIDE = 20  # images along each side of the latent grid
-FORMAT = 4  # of checkpoints
+FORMAT = 5  # of checkpoints
 
 
 def draw(model: nn.Module, noise: Tensor, steps: int | None, length: int, eta: float,
          keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """Images from z or x_T as uint8 (n, C, H, W), under a progress bar, and of a DDPM's first batch
-    also what it was after i of the `length` steps, for every i in keep."""
+    """z decoded, or the chain run from x_T: uint8 images (n, C, H, W). Also {i: the first batch
+    after i of `length` steps} for i in `keep`, which only a DDPM has."""
     images, film, model = [], {0: to_uint8(noise[:BATCH])}, recorded(model)
     with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
         for x_T in noise.split(BATCH):
@@ -70,8 +70,8 @@ def evenly(last: int, count: int) -> list[int]:
 
 
 def latent_grid(model: VAE, device: torch.device) -> Tensor:
-    """f_θ(z) for a square of z = (z_1, z_2), z_1 growing to the right and z_2 upwards, whose
-    lines lie closer where N(0, I) is denser: equal steps of its distribution function."""
+    """f_θ(z) on a grid of z = (z_1, z_2) at equally spaced quantiles of N(0, 1), z_1 to the right,
+    z_2 upwards."""
     z = torch.special.ndtri((torch.arange(LATENT_SIDE) + 0.5) / LATENT_SIDE).to(device)
     return model.sample(torch.cartesian_prod(-z, z).flip(1))
 
@@ -79,10 +79,10 @@ def latent_grid(model: VAE, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------ command line
 
 
-def parse_args(argv: list[str] | None) -> tuple["Parser", argparse.Namespace]:
+def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = Parser(prog="sample.py", description="Draw new images from a trained model.")
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="default: the newest runs/*/checkpoint.pt")
+    add("--checkpoint", type=Path, help="default: the newest checkpoint.pt under runs/")
     add("-n", type=number(int, 1), default=64, help="how many images (default: 64)")
     add("--steps", type=number(int, 1), help="ddpm: DDIM with this many steps (default: all T "
         "steps of the reverse chain)")
@@ -107,9 +107,9 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
     """The trained model, z or x_T, and the files to write, by option. All that can be refused is
     refused here, before anything is drawn: ValueError or OSError."""
     if args.checkpoint is None:
-        found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        found = sorted(Path("runs").rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise ValueError("no runs/*/checkpoint.pt here: train first, with python train.py "
+            raise ValueError("no checkpoint.pt under runs/ here: train first, with python train.py "
                              "--model ddpm, or name a file with --checkpoint")
         args.checkpoint = found[-1]
     args.out = args.out or args.checkpoint.with_name("samples.png")
@@ -118,14 +118,12 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
     files = {option: path for option, path in files.items() if path}
     for option, path in files.items():
         suffixes = (".png", ".pt") if option == "--out" else (".png",)
-        if path.suffix not in suffixes:
-            raise ValueError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+        if path.suffix not in suffixes or not path.parent.is_dir():
+            raise ValueError(f"{option} {path}: must end in {' or '.join(suffixes)}, in a folder "
+                             "that exists")
         if (path.is_dir() or path.name == "checkpoint.pt"
                 or path.resolve() == args.checkpoint.resolve()):
             raise ValueError(f"{option} {path}: a folder or a checkpoint is not overwritten")
-        trial = Path(f"{path}.tmp")  # OSError where the folder is missing, or the name too long
-        trial.touch()
-        trial.unlink()
     if len({path.resolve() for path in files.values()}) < len(files):
         raise ValueError(f"{', '.join(files)}: each needs a file of its own")
     state, model = read_checkpoint(args.checkpoint)
@@ -168,13 +166,16 @@ def main(argv: list[str] | None = None):
             write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, noise.device)))])
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error))
-    print(f"wrote {', '.join(map(str, files.values()))}")
+    print(f"wrote {', '.join(map(str, files.values()))}, from {args.checkpoint}")
 
 
 # ================================================================== shared with train.py
 
 
 # ------------------------------------------------------------------------ models and checkpoints
+
+
+SCHEDULES = {"cauchy": cauchy_alphas, "cosine": cosine_alphas, "linear": linear_alphas}
 
 
 def build_model(config: dict) -> nn.Module:
@@ -184,13 +185,13 @@ def build_model(config: dict) -> nn.Module:
         networks = conv_networks(shape, config["latent_dim"], config["channels"])
         return VAE(*networks, config["decoder_std"])
     alphas = SCHEDULES[config["schedule"]](config["timesteps"])
-    denoiser = UNet(shape[0], config["channels"], config["multipliers"], config["blocks"],
-                    config["attention"], config["dropout"], config["fourier"],
-                    alphas if config["predict"] == "noise" else None)
+    C, N, outputs = shape[0], len(config["fourier"]), 2 if config["predict"] == "noise" else 1
+    denoiser = Fourier(
+        UNet(C * (1 + 2 * N), C * outputs, config["channels"], config["multipliers"],
+             config["blocks"], config["attention"], config["dropout"]), config["fourier"])
+    if outputs == 2:
+        denoiser = NoiseAndImage(denoiser, alphas)
     return DDPM(denoiser, alphas, config["predict"])
-
-
-SCHEDULES = {"cauchy": cauchy_alphas, "cosine": cosine_alphas, "linear": linear_alphas}
 
 
 def draw_noise(config: dict, n: int) -> Tensor:
@@ -211,8 +212,8 @@ def load(path: Path):
 
 
 def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
-    """What train.py saved, and the model with the averaged weights, ready to draw from. OSError or
-    ValueError if it is not."""
+    """What train.py saved, and the model with the averaged weights, ready to draw from. Raises
+    OSError or ValueError."""
     state = load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it")
@@ -225,8 +226,7 @@ def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
 
 
 def save(path: Path, value):
-    """torch.save, all of it or nothing: a new file, complete on the disk, takes the old one's
-    place. Whatever stops this, `path` is the old file or the new one. Raises OSError."""
+    """An atomic torch.save: writes a new file, then renames it over the old one. Raises OSError."""
     buffer, new = io.BytesIO(), Path(f"{path}.tmp")
     torch.save(value, buffer)  # on a full disk torch would raise RuntimeError
     with open(new, "wb") as file:
@@ -298,9 +298,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware multiplies
-    bfloat16 itself (CUDA since Ampere, CPUs with AMX or AVX-512 BF16). Never float16: its
-    largest number is 65504, and anything larger becomes inf."""
+    """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware has bfloat16
+    (CUDA since Ampere, CPUs with AMX or AVX-512 BF16). Never float16: its largest number is 65504,
+    and anything larger becomes inf."""
     if precision == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif precision == "auto" and device.type == "cpu":
@@ -311,14 +311,12 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
-def keep_freed_memory():
-    """Once glibc has seen a large block freed (32 MiB is the most that it learns from, and this is
-    just under), it keeps what a layer frees for the next one. Until then it hands it back to the
-    kernel and takes it again, page by page: a fifth of the time on a CPU."""
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
 # ------------------------------------------------------------------------------ pictures
+
+
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """0..255 to [-1, 1], on the device."""
+    return images.to(device, non_blocking=device.type == "cuda").float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -336,7 +334,7 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return F.pad(picture.reshape(C, rows * (H + 2), columns * (W + 2)), (1, 1, 1, 1))
 
 
-def write_png(path: Path, frames: list[Tensor]):
+def write_png(path: Path | str, frames: list[Tensor]):
     """Write uint8 frames (C, H, W), C = 1 or 3, as an animated PNG; a single one is a still.
 
     PNG (ISO/IEC 15948) is a signature and chunks: IHDR, compressed IDAT, IEND. APNG adds acTL
@@ -362,10 +360,10 @@ def write_png(path: Path, frames: list[Tensor]):
         else:
             chunk(b"fdAT", struct.pack(">I", 2 * i) + data)
     chunk(b"IEND", b"")
-    path.write_bytes(b"".join(parts))
+    Path(path).write_bytes(b"".join(parts))
 
 
-# ------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------ command lines
 
 
 class Parser(argparse.ArgumentParser):
@@ -376,7 +374,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """The argparse type of numbers from low to high, among which nan is none."""
+    """An argparse type: a number from low to high. Refuses nan."""
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
@@ -386,9 +384,18 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
-if __name__ == "__main__":
-    keep_freed_memory()
+def run(main: Callable):
+    """main() as a script."""
+    # Makes glibc keep freed memory for the next layer (it learns the size from one large free, of
+    # at most 32 MiB). Without it a CPU run spends a fifth of its time on pages from the kernel.
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's can't, and need not
+        sys.stdout.reconfigure(errors="replace")  # in the name of a file
     try:
         main()
-    except KeyboardInterrupt:  # needs no traceback
+    except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -7,6 +7,7 @@ checks the rows of `python vae.py` and `python ddpm.py`; what they show has no s
 import contextlib
 import copy
 import csv
+import functools
 import gzip
 import hashlib
 import inspect
@@ -23,6 +24,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import zlib
@@ -30,11 +32,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.distributions import (Categorical, Independent, MixtureSameFamily, Normal,
                                  kl_divergence)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ddpm as section_2
 import sample
@@ -42,7 +45,7 @@ import train
 import unet as network
 import vae as section_1
 from ddpm import DDPM, cauchy_alphas, cosine_alphas, exact_ddpm, linear_alphas, log_pixel_mass
-from unet import UNet
+from unet import Fourier, NoiseAndImage, UNet
 from vae import VAE, GaussianMixture, conv_networks
 
 HERE = Path(__file__).resolve().parent
@@ -73,30 +76,57 @@ class Test(unittest.TestCase):
         self.assertLess(worst, errors, f"{draws.mean(0)} should be {expected} ± {error}")
 
 
+@functools.cache
+def rows(section):
+    """The rows of all worked examples of a section, computed once: (what, formula, computed)."""
+    torch.manual_seed(0)
+    return [(what, *(torch.as_tensor(side, dtype=torch.float64) for side in sides))
+            for example in section.EXAMPLES for what, *sides in example()]
+
+
 class TestExamples(Test):
-    """Every formula of a section's worked examples is what its file computes."""
+    def test_every_formula_is_what_is_computed(self):
+        for section, count in ((section_1, 27), (section_2, 28)):
+            self.assertEqual(len(rows(section)), count)
+            for what, formula, computed in rows(section):
+                variance = sum(x.var() / x.numel() for x in (formula, computed) if x.numel() > 1)
+                if "as printed" not in what:
+                    with self.subTest(what):
+                        self.assertAlmostEqual(formula.mean().item(), computed.mean().item(),
+                                               delta=max(5 * float(variance)**0.5, 1e-6))
 
-    def check(self, rows):
-        for what, formula, computed, tolerance in rows:
-            with self.subTest(what):
-                if tolerance is None:  # an error of the print
-                    self.assertGreater(abs(formula - computed), 1e-2)
-                else:
-                    self.assertAlmostEqual(formula, computed, delta=tolerance)
+    def test_every_error_of_the_print_is_as_large_as_it_should_be(self):
+        errors = {what.strip(): (formula.mean() - computed.mean()).item()
+                  for section in (section_1, section_2)
+                  for what, formula, computed in rows(section) if "as printed" in what}
+        once = -0.5 * math.log(2 * math.pi) - math.log(0.1)
+        root = 0.97**9.5
+        for start, error in (
+                ("−½ log 2π", once - 64 * once), ("−d/2", -32), ("(1.34)", 63 * math.log(0.7)),
+                # σ_q² with another numerator; √ᾱ_20 in place of ᾱ_20
+                ("σ_q² of (2.26)", 0.03 * (root**2 - root) / (1 - 0.97**20)),
+                ("mean of ᾱ_t", 0.97**20 - 0.97**10)):
+            actual, = (value for what, value in errors.items() if what.startswith(start))
+            self.assertAlmostEqual(actual, error, delta=2e-2 * abs(error), msg=start)
+        x = section_1.data()  # reconstruction + KL, not −
+        kl = section_1.LinearVAE().elbo(x)["kl"].mean().item()
+        actual, = (value for what, value in errors.items() if what.startswith("(1.35)"))
+        self.assertAlmostEqual(actual, 2 * kl, delta=0.1)
+        self.assertEqual(len(errors), 7)
 
-    def test_section_1(self):
-        self.check(section_1.examples())
-
-    def test_section_2(self):
-        self.check(section_2.examples())
-
-    def test_into_a_file_of_any_encoding(self):
-        # A Windows file's has no ε̂.
-        for script, rows in (("vae.py", 27), ("ddpm.py", 28)):
-            done = subprocess.run([sys.executable, HERE / script], capture_output=True, timeout=120,
-                                  env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-            self.assertEqual(done.stderr, b"")
-            self.assertEqual(len(done.stdout.decode("utf-8").splitlines()), 1 + rows)
+    def test_into_a_notebook_or_a_file_of_any_encoding(self):
+        # A notebook's stdout can't be reconfigured; a Windows file's encoding has no ε̂.
+        for section in (section_1, section_2):
+            for output in (io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="cp1252")):
+                with mock.patch.object(section, "EXAMPLES", [lambda: rows(section)]), \
+                        contextlib.redirect_stdout(output):
+                    section.main()
+                output.seek(0)
+                head, *lines = output.read().splitlines()
+                for line, (what, formula, computed) in zip(lines, rows(section), strict=True):
+                    self.assertEqual(line[24:], f"   {what}")
+                    self.assertClose([float(line[:12]), float(line[12:24])],
+                                     [formula.mean(), computed.mean()], atol=1e-5)
 
 
 # ------------------------------------------------------------------------------ section 1
@@ -133,16 +163,32 @@ def small_vae(image_shape=(1, 8, 8), latent_dim=4, decoder_std=0.6):
 
 
 class TestVAE(Test):
-    def test_kl_against_torch_distributions(self):
+    def test_terms_against_torch_distributions(self):
         # With a σ_i for each coordinate, which no row has.
         vae, x = small_vae(), torch.rand(5, 1, 8, 8) * 2 - 1
-        mu, log_var = vae.encode(x)
-        expected = kl_divergence(Normal(mu, (0.5 * log_var).exp()), Normal(0.0, 1.0)).sum(1)
-        self.assertClose(vae.elbo(x)["kl"].detach(), expected.detach(), rtol=1e-4)
+        (mu, log_var), z = vae.encode(x), torch.randn(5, 4)
+        kl = kl_divergence(Normal(mu, (0.5 * log_var).exp()), Normal(0.0, 1.0)).sum(1)
+        self.assertClose(vae.elbo(x)["kl"].detach(), kl.detach(), rtol=1e-4)
+        density = Normal(vae.decode(z), 0.6).log_prob(x).flatten(1).sum(1)
+        self.assertClose(vae.log_likelihood(x, z).detach(), density.detach(), rtol=1e-4)
+
+    def test_the_gradient_of_the_loss(self):
+        # Against that of −ELBO / D in closed form, log p(x) − KL(q ‖ p(z | x)), for a linear VAE.
+        weights = [torch.tensor(value, dtype=torch.float64, requires_grad=True)
+                   for value in (1.5, -0.2, 0.6, 0.1)]
+        a, b, c, v = weights
+        vae, x = section_1.LinearVAE(a, b, 0.7, c, v, 0.8), section_1.data()[:200]
+        variance = c**2 + 0.8**2
+        mean, std = c * (x - v) / variance, 0.8 / variance.sqrt()
+        exact = (Normal(v, variance.sqrt()).log_prob(x)
+                 - kl_divergence(Normal(a * x + b, 0.7), Normal(mean, std))).mean()
+        exact = torch.stack(torch.autograd.grad(-exact, weights))
+        draws = [torch.stack(torch.autograd.grad(vae.loss(x), weights)) for _ in range(300)]
+        self.assertMean(torch.stack(draws), exact)
 
     def test_bits_per_dim_of_pixels_that_are_uniform_over_some_bins(self):
         # Where p(x) is N(v, c² + s²), wide and almost flat, 2/255 of its density is a bin's mass.
-        vae = section_1.linear_vae(a=0.5, b=0.0, t=0.7, c=1.0, v=0.0, s=1.0)
+        vae = section_1.LinearVAE(a=0.5, b=0.0, t=0.7, c=1.0, v=0.0, s=1.0)
         x = torch.randint(0, 256, (200_000, 4)).double() / 127.5 - 1
         terms = vae.elbo(x)
         mass = (terms["reconstruction"] - terms["kl"]) / 4 + math.log(2 / 255)
@@ -230,6 +276,13 @@ class TestSchedules(Test):
                 for wrong in (1 - schedule(T), schedule(T).cumprod(0)):  # β_t, ᾱ_t
                     with self.assertRaisesRegex(ValueError, "are they α_t"):
                         DDPM(None, wrong)
+        for T, right in ((100, False), (200, False), (300, True)):  # ᾱ_T = 0.36, 0.13, 0.048
+            with contextlib.nullcontext() if right else self.assertRaisesRegex(
+                    ValueError, "not yet white noise"):
+                DDPM(None, 1 - torch.linspace(1e-4, 0.02, T))
+        unet = NoiseAndImage(UNet(1, 2, 8, (1,)), cosine_alphas(10))
+        with self.assertRaisesRegex(ValueError, "other alphas"):
+            DDPM(unet, linear_alphas(10))
 
 
 class TestForward(Test):
@@ -280,6 +333,9 @@ class TestForward(Test):
         for k in (0, 1.5):
             with self.assertRaises(ValueError):
                 ddpm.elbo(x, k)
+        for network in (UNet(), Fourier(UNet(5), (3, 5))):
+            with self.assertRaisesRegex(ValueError, r"\(B, C, H, W\).*got \(3, 28, 28\)"):
+                DDPM(network, cosine_alphas(10)).loss(torch.zeros(3, 28, 28))
 
 
 def pixel_ddpm(T, predict="noise"):
@@ -311,6 +367,29 @@ class TestLoss(Test):
         self.assertClose(image.loss(x_0), 0.25)
         self.assertAlmostEqual(noise.loss(x_0).item(), 1, delta=5 * (2 / 80_000) ** 0.5)
 
+    def test_zero_for_a_network_that_knows_x_0(self):
+        # Only with the noise that is in x_t, and with the t that it was made with.
+        x_0 = torch.rand(64, 1, 4, 4) * 4 - 2
+        for predict in ("noise", "image"):
+            ddpm = DDPM(None, cosine_alphas(1000), predict)
+            ddpm.denoiser = lambda x_t, t: (x_0 if predict == "image"
+                                            else ddpm.noise_between(x_0, x_t, t))
+            self.assertClose(ddpm.loss(x_0), 0, atol=1e-8)
+
+    def test_the_gradient_and_the_noise(self):
+        # For the network a x_t and x_0 = 0 the slope in a at 0 is −2 E x_t ε = −2 E √(1 − ᾱ_t).
+        seen, a = [], torch.zeros((), requires_grad=True)
+        ddpm = DDPM(lambda x, t: seen.append((x, t)) or a * x, cosine_alphas(50))
+        slopes = [torch.autograd.grad(ddpm.loss(torch.zeros(50, 4)), a)[0] for _ in range(2000)]
+        std = (1 - ddpm.alpha_bar).sqrt()
+        self.assertMean(torch.stack(slopes), -2 * std[1:].mean())
+        noise = torch.stack([x / std[t][:, None] for x, t in seen])
+        for moment, expected in ((noise, 0), (noise**2, 1), (noise**4, 3),  # N(0, 1), and
+                                 (noise[:, 1:] * noise[:, :-1], 0),  # independent of image,
+                                 (noise[1:] * noise[:-1], 0)):  # of call,
+            self.assertMean(moment, expected)
+        self.assertMean(noise[:, :, 1:] * noise[:, :, :-1], 0)  # and of pixel
+
 
 class TestMixture(Test):
     """With the exact denoiser of a mixture the whole of section 2 has known answers."""
@@ -337,7 +416,7 @@ class TestMixture(Test):
             self.assertClose(x.var(), data.variance, rtol=0.03)
 
     def test_no_graph_grows_along_a_chain(self):
-        ddpm, x_T = DDPM(UNet(1, 8, (1,)), cosine_alphas(5)), torch.randn(1, 1, 8, 8)
+        ddpm, x_T = DDPM(small_unet(), cosine_alphas(5)), torch.randn(1, 1, 8, 8)
         values = [x for chain in (ddpm.reverse_chain(x_T), ddpm.ddim_chain(x_T, 3))
                   for _, x in chain]
         for x in (*values, *ddpm.elbo(x_T.clamp(-1, 1)).values()):
@@ -384,39 +463,31 @@ class TestElbo(Test):
             self.assertTrue(far.isfinite().all())
             self.assertClose(far, log_mass, rtol=1e-3, atol=1e-3)
 
-    def test_a_device_without_log_ndtr(self):
-        # Apple's mps has no kernel for it.
-        x = torch.randn(5)
-        expected = torch.special.log_ndtr(x)
-        with mock.patch.object(torch.special, "log_ndtr",
-                               side_effect=[NotImplementedError, expected]):
-            self.assertSame(section_2.log_ndtr(x), expected)
-
     def test_terms_against_torch_distributions(self):
+        # As means: each draws its own x_t.
+        n, x_0 = 20_000, torch.rand(4).double() * 2 - 1
+        x = x_0.expand(n, 4)
         for clip in (True, False):
-            ddpm = DDPM(lambda x, t: 0.3 * x + 0.1, torch.full((20,), 0.9), clip=clip)
-            x_0 = torch.rand(3, 4).double() * 2 - 1
-            torch.manual_seed(1)
-            terms = ddpm.elbo(x_0)
-            torch.manual_seed(1)
-            consistency = 0
-            for t in range(1, 21):  # elbo draws its x_t in this order
-                x_t = ddpm.q_sample(x_0, t, torch.randn_like(x_0))
+            ddpm = DDPM(lambda x, t: 0.3 * x + 0.1, torch.full((20,), 0.85), clip=clip)
+            terms = {"reconstruction": 0, "consistency": 0}
+            for t in range(1, 21):
+                x_t = ddpm.q_sample(x, t, torch.randn_like(x))
                 if t > 1:
                     q, p = (Normal(mean, variance.sqrt()) for mean, variance in (
-                        ddpm.q_posterior(x_t, x_0, t), ddpm.p_transition(x_t, t)))
-                    consistency += kl_divergence(q, p).sum(1)
+                        ddpm.q_posterior(x_t, x, t), ddpm.p_transition(x_t, t)))
+                    terms["consistency"] += kl_divergence(q, p).sum(1)
                 else:
-                    std = torch.tensor((0.1 * 0.1 / 0.19) ** 0.5)  # σ_q(2)
-                    reconstruction = log_pixel_mass(x_0, ddpm.predict_x0(x_t, 1), std).sum(1)
-            self.assertClose(terms["reconstruction"], reconstruction)
-            self.assertClose(terms["consistency"], consistency)
-            mean, variance = ddpm.q_marginal(x_0, 20)
+                    std = torch.tensor((0.15 * 0.15 / (1 - 0.85**2))**0.5)  # σ_q(2)
+                    mean = ddpm.predict_x0(x_t, 1)
+                    terms["reconstruction"] = log_pixel_mass(x, mean, std).sum(1)
+            actual = ddpm.elbo(x)
+            for name, draws in terms.items():
+                self.assertMean(actual[name] - draws, 0)
+            mean, variance = ddpm.q_marginal(x, 20)
             prior = kl_divergence(Normal(mean, variance.sqrt()), Normal(0.0, 1.0)).sum(1)
-            self.assertClose(terms["prior_matching"], prior)
-            elbo = reconstruction - prior - consistency
-            torch.manual_seed(1)
-            self.assertClose(ddpm.bits_per_dim(x_0), -elbo / (4 * math.log(2)))
+            self.assertClose(actual["prior_matching"], prior)
+            elbo = actual["reconstruction"] - prior - actual["consistency"]
+            self.assertMean(ddpm.bits_per_dim(x) + elbo / (4 * math.log(2)), 0)
 
     def test_estimate_from_k_times_is_unbiased(self):
         # x_0 ~ N(0, 1) and its exact denoiser: each term is as large as t is likely, on average.
@@ -433,6 +504,13 @@ class TestElbo(Test):
         self.assertMean(ddpm.elbo(x_0, 2)["consistency"] - ddpm.elbo(x_0)["consistency"], 0)
 
 
+def small_unet(alphas=None, **options):
+    """Of the default's kind: (B, 1, H, W), H and W divisible by 2."""
+    if alphas is None:
+        return Fourier(UNet(5, 1, 8, (1, 2), **options), (3, 5))
+    return NoiseAndImage(Fourier(UNet(5, 2, 8, (1, 2), **options), (3, 5)), alphas)
+
+
 class TestMeta(Test):
     """The meta device stands in for a GPU: there a tensor that stays behind on the CPU raises, and
     so does any value that the host would have to wait for."""
@@ -440,8 +518,8 @@ class TestMeta(Test):
     def test_ddpm(self):
         alphas, x = cauchy_alphas(10), torch.zeros(3, 1, 8, 8, device="meta")
         for predict in ("noise", "image"):
-            unet = UNet(1, 8, (1, 2), alphas=alphas if predict == "noise" else None)
-            ddpm = DDPM(unet, alphas, predict).to("meta")
+            ddpm = DDPM(small_unet(alphas if predict == "noise" else None), alphas,
+                        predict).to("meta")
             for t in (5, torch.tensor([1, 5, 10])):
                 for mean, variance in (ddpm.q_transition(x, t), ddpm.q_marginal(x, t),
                                        ddpm.q_posterior(x, x, t), ddpm.p_transition(x, t)):
@@ -455,31 +533,6 @@ class TestMeta(Test):
             for steps in (None, 4):
                 self.assertEqual(ddpm.sample(x, steps).shape, x.shape)
 
-    def test_a_training_step(self):
-        # Up to the first row, where the host has to wait.
-        adam = torch.optim.Adam  # whose fused kernel the meta device lacks
-
-        def unfused(parameters, lr, fused, **options):
-            return adam(parameters, lr, **options)
-
-        alphas = cauchy_alphas(10)
-        for model in (DDPM(UNet(1, 8, (1, 2), alphas=alphas), alphas), small_vae()):
-            images = torch.zeros(64, 1, 8, 8, dtype=torch.uint8, device="meta")
-            config = {"images": 64, "batch_size": 4, "steps": 20, "lr": 0.1, "seed": 0,
-                      "precision": "fp32"}
-            added = []
-            with mock.patch.object(train.torch.optim, "Adam", unfused), \
-                    mock.patch.object(train, "trim"), \
-                    mock.patch.multiple(train.Log, saved=math.inf, create=True,
-                                        checkpoint=lambda *arguments: None,
-                                        add=lambda log, loss: log.losses.append(loss) or
-                                        added.append(loss)), \
-                    contextlib.redirect_stderr(io.StringIO()), \
-                    self.assertRaisesRegex(RuntimeError, "meta"):
-                train.train(config, None, model.to("meta"), images, images, torch.device("meta"),
-                            Path())
-            self.assertEqual(len(added), train.ROW)
-
     def test_vae(self):
         for decoder_std in (0.6, "learned"):
             vae = small_vae(decoder_std=decoder_std).to("meta")
@@ -492,7 +545,7 @@ class TestMeta(Test):
     def test_a_step_touches_nothing_on_the_cpu(self):
         # A CUDA graph would keep a number from there as it was.
         alphas = cauchy_alphas(10)
-        for model in (DDPM(UNet(1, 8, (1, 2), dropout=0.1, alphas=alphas), alphas),
+        for model in (DDPM(small_unet(alphas, dropout=0.1), alphas),
                       small_vae(decoder_std="learned")):
             model.to("meta")
             with OnlyMeta():
@@ -518,64 +571,99 @@ def random_weights(unet):
     return unet
 
 
+def unet_by_hand(unet, x, t, multipliers, blocks, attention):
+    """arXiv 2006.11239's network in float64, from the same weights, and the names of those used."""
+    weights = {name: value.detach().double() for name, value in unet.named_parameters()}
+    used = set()
+
+    def read(name):
+        used.add(name)
+        return weights[name]
+
+    def conv(name, h, stride=1):
+        weight = read(f"{name}.weight")
+        return F.conv2d(h, weight, read(f"{name}.bias"), stride, padding=len(weight[0, 0]) // 2)
+
+    def linear(name, h):
+        return h @ read(f"{name}.weight").T + read(f"{name}.bias")
+
+    def silu(h):
+        return h / (1 + torch.exp(-h))
+
+    def norm(name, h):
+        groups = max(g for g in (1, 2, 4, 8, 16, 32) if h.shape[1] % (4 * g) == 0)
+        parts = h.view(len(h), groups, -1)
+        parts = parts - parts.mean(2, keepdim=True)
+        parts = parts / (parts.square().mean(2, keepdim=True) + 1e-5).sqrt()
+        return (parts.view(h.shape) * read(f"{name}.weight")[:, None, None]
+                + read(f"{name}.bias")[:, None, None])
+
+    def attend(name, h):
+        q, k, v = conv(f"{name}.qkv", norm(f"{name}.norm", h)).flatten(2).chunk(3, dim=1)
+        p = (q.mT @ k / len(k[0])**0.5).softmax(-1)  # of every position, over all others
+        return h + conv(f"{name}.out", (v @ p.mT).view(h.shape))
+
+    def block(name, h, attends):
+        shortcut = conv(f"{name}.shortcut", h) if f"{name}.shortcut.weight" in weights else h
+        h = conv(f"{name}.conv1", silu(norm(f"{name}.norm1", h)))
+        h = h + linear(f"{name}.shift", silu(time))[:, :, None, None]
+        h = shortcut + conv(f"{name}.conv2", silu(norm(f"{name}.norm2", h)))
+        return attend(f"{name}.attention", h) if attends else h
+
+    half = weights["stem.weight"].shape[0] // 2
+    angles = t.double()[:, None] / 10_000 ** (torch.arange(half).double() / (half - 1))
+    time = linear("time.2", silu(linear("time.0", torch.cat([angles.sin(), angles.cos()], 1))))
+    skips, down, up = [conv("stem", x.double())], itertools.count(), itertools.count()
+    for level in range(len(multipliers)):
+        if level > 0:
+            skips.append(conv(f"down.{next(down)}", skips[-1], stride=2))
+        for _ in range(blocks):
+            skips.append(block(f"down.{next(down)}", skips[-1], level in attention))
+    h = block("middle.1", block("middle.0", skips[-1], True), False)
+    for level in reversed(range(len(multipliers))):
+        for _ in range(blocks + 1):
+            h = block(f"up.{next(up)}", torch.cat([h, skips.pop()], 1), level in attention)
+        if level > 0:  # nearest: every pixel becomes four
+            h = conv(f"up.{next(up)}.1", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    return conv("head.2", silu(norm("head.0", h))), used
+
+
 class TestUNet(Test):
-    def test_time_embedding(self):
-        # Wavelengths from 2π to 10,000 · 2π in equal ratios: for 8 numbers, of 10,000^(1/3).
-        t = torch.tensor([1.0, 7, 1000])
-        angles = t.double()[:, None] / torch.tensor([1, 10_000**(1 / 3), 10_000**(2 / 3), 10_000])
-        self.assertClose(network.time_embedding(t, 8), torch.cat([angles.sin(), angles.cos()], 1),
-                         atol=1e-4)
-
-    def test_fourier_features(self):
-        # The imaginary and the real part of e^(i 2ⁿ π x), of all channels.
-        x = torch.rand(2, 3, 4, 5) * 2 - 1
-        waves = [torch.exp(1j * 2**n * math.pi * x.double()) for n in (3, 5)]
-        expected = torch.cat([x, *[part for z in waves for part in (z.imag, z.real)]], dim=1)
-        self.assertClose(network.fourier_features(x, (3, 5)), expected, atol=1e-4)
-        self.assertSame(network.fourier_features(x, ()), x)
-
-    def test_fourier_features_pass_bfloat16(self):
-        # There −0.9961 and −0.9951 are the same number, −1 + 2⁻⁸: not to the waves.
-        x = torch.full((1, 1, 8, 8), -0.9961)
-        for fourier, differ in ((), False), ((5,), True):
-            unet = random_weights(UNet(1, 8, (1,), fourier=fourier))
-            with torch.autocast("cpu", torch.bfloat16):
-                a, b = (unet(y, torch.ones(1)) for y in (x, x + 0.001))
-            self.assertEqual(bool((a - b).abs().max() > 0), differ)
-
-    def test_an_epsilon_put_together_from_two(self):
-        # What is right, in either half, is right in ε̂_θ: at small t of ε̂, at large t of x̂.
-        alphas, x_0, noise = cauchy_alphas(100), torch.rand(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
-        unet, ddpm = UNet(1, 8, (1,), alphas=alphas), DDPM(None, alphas)
-        for t in (1, 40, 100):
-            x_t, times = ddpm.q_sample(x_0, t, noise), torch.full((2,), t)
-            both = unet.combine(torch.cat([noise, x_0], 1), x_t, times)
-            self.assertClose(both, noise, rtol=1e-4, atol=1e-4)
-            snr = ddpm.alpha_bar[t] / (1 - ddpm.alpha_bar[t])
-            wrong = unet.combine(torch.cat([noise + 1, x_0], 1), x_t, times) - noise
-            self.assertClose(wrong, torch.full_like(wrong, 8 * snr / (1 + 8 * snr)),
-                             rtol=1e-3, atol=1e-4)
-
-    def test_an_epsilon_in_bfloat16_is_precise_where_it_is_almost_x_t(self):
-        # x̂_θ divides an error of ε̂_θ by √ᾱ_T = 0.02: a rounding to 2⁻⁹ would be 0.1 of a picture.
-        alphas = cauchy_alphas(100)
-        ddpm = DDPM(UNet(1, 8, (1,), alphas=alphas), alphas, clip=False)
-        x_T = torch.randn(2, 1, 8, 8)
-        nn.init.constant_(ddpm.denoiser.head[2].bias, 0.7)
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            x0_hat = ddpm.predict_x0(x_T, 100)
-        root = ddpm.alpha_bar[100].sqrt()
-        w = 8 * root**2 / (8 * root**2 + 1 - root**2)
-        expected = w * (x_T - (1 - root**2).sqrt() * 0.7) / root + (1 - w) * 0.7
-        self.assertClose(x0_hat, expected, atol=0.003)
+    def test_against_the_network_by_hand(self):
+        x, t = torch.randn(3, 3, 8, 12), torch.tensor([1, 70, 1000])
+        for channels, *shape in ((8, (1,), 1, ()), (16, (1, 2, 3), 1, ()), (8, (1, 2), 2, (0,)),
+                                 (8, (2, 1, 1), 1, (1, 2)), (128, (1,), 1, ())):
+            unet = random_weights(UNet(3, 5, channels, *shape, dropout=0.5)).eval()
+            expected, used = unet_by_hand(unet, x, t, *shape)
+            self.assertClose(unet(x, t).detach(), expected, rtol=1e-3, atol=1e-3)
+            self.assertEqual(used, dict(unet.named_parameters()).keys())
 
     def test_the_published_parameter_count(self):
-        unet = UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,),
+        unet = UNet(3, 3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,),
                     dropout=0.1)
         self.assertEqual(sum(p.numel() for p in unet.parameters()), 35_746_307)
 
+    def test_a_fresh_block_is_its_shortcut(self):
+        # Dropout and attention are in the branches that start at 0.
+        for c_in, c_out in ((8, 8), (8, 16)):
+            block = network.ResidualBlock(c_in, c_out, 8, 0.5, attend=True)
+            x, time = torch.randn(2, c_in, 4, 4), torch.randn(2, 8)
+            self.assertSame(block(x, time), block.shortcut(x))
+
+    def test_dropout_in_training_only(self):
+        unet = random_weights(UNet(1, 1, 8, (1,), dropout=0.5))
+        x, t = torch.randn(1, 1, 8, 8), torch.ones(1)
+        self.assertEqual({m.p for m in unet.modules() if isinstance(m, nn.Dropout)}, {0.5})
+        for block in (m for m in unet.modules() if isinstance(m, network.ResidualBlock)):
+            seen = []
+            block.conv2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            unet(x, t)
+            self.assertAlmostEqual((seen[0] == 0).double().mean().item(), 0.5, delta=0.1)
+        unet.eval()
+        self.assertSame(unet(x, t), unet(x, t))
+
     def test_starts_at_zero_and_every_parameter_learns(self):
-        unet = UNet(1, channels=8, multipliers=(1, 2), blocks=1, attention=(0,))
+        unet = UNet(1, 1, channels=8, multipliers=(1, 2), blocks=1, attention=(0,))
         x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
         self.assertTrue((unet(x, t) == 0).all())
         optimizer = torch.optim.SGD(unet.parameters(), 0.1)
@@ -591,45 +679,79 @@ class TestUNet(Test):
             else:
                 self.assertGreater(parameter.grad.abs().sum().item(), 0, name)
 
-    def test_t_matters(self):
-        unet = random_weights(UNet(1, channels=8, multipliers=(1, 2)))
-        x = torch.randn(1, 1, 8, 8).expand(1000, -1, -1, -1)
-        with torch.no_grad():
-            outputs = unet(x, torch.arange(1, 1001)).flatten(1)
-        self.assertGreater(torch.pdist(outputs).min().item(), 0)  # no two of 1000 t are confused
-
-    def test_images_of_a_batch_do_not_mix(self):
-        unet = random_weights(UNet(2, channels=8, multipliers=(1, 2), attention=(1,))).double()
-        x, t = torch.randn(3, 2, 8, 12).double(), torch.tensor([5, 70, 900])
-        for i in range(3):
-            self.assertClose(unet(x, t)[i:i + 1].detach(), unet(x[i:i + 1], t[i:i + 1]).detach())
-
-    def test_attention_sees_the_whole_image(self):
-        for attention, reach in ((), False), ((0,), True):
-            unet = random_weights(UNet(1, channels=8, multipliers=(1,), attention=attention))
-            unet.middle = nn.ModuleList()  # whose attention would always see everything
-            x, t = torch.randn(1, 1, 64, 8), torch.tensor([1])
-            y = x.clone()
-            y[0, 0, 0] += 1
-            for norm in (m for m in unet.modules() if isinstance(m, nn.GroupNorm)):
-                norm.forward = lambda h: h  # group statistics would see everything, too
-            changed = (unet(x, t) - unet(y, t)).abs()[0, 0, -1].max().item() > 0
-            self.assertEqual(changed, reach)
-
-    def test_a_fused_kernel_can_take_q_k_and_v(self):
-        attend = torch.nn.functional.scaled_dot_product_attention
-        with mock.patch.object(network.F, "scaled_dot_product_attention", wraps=attend) as kernel:
-            network.Attention(8)(torch.randn(2, 8, 4, 4))
-        self.assertEqual([x.stride(-1) for x in kernel.call_args.args], [1, 1, 1])
-
     def test_bad_arguments(self):
         for arguments in (dict(channels=6), dict(channels=0), dict(blocks=0), dict(multipliers=()),
                           dict(multipliers=(1, 0)), dict(attention=(3,)), dict(attention=(-1,))):
             value = next(iter(arguments.values()))
             with self.assertRaisesRegex(ValueError, re.escape(str(value))):
                 UNet(**arguments)
-        with self.assertRaisesRegex(ValueError, "30×28.*divisible by 4"):
+        with self.assertRaisesRegex(ValueError, "divisible by 4.*30, 28"):
             UNet()(torch.zeros(1, 1, 30, 28), torch.ones(1))
+
+
+class TestAdditions(Test):
+    """What this repository adds to the U-Net."""
+
+    def test_fourier_features(self):
+        # The imaginary and the real part of e^(i 2ⁿ π x), of all channels.
+        x = torch.rand(2, 3, 4, 5) * 2 - 1
+        waves = [torch.exp(1j * 2**n * math.pi * x.double()) for n in (3, 5)]
+        expected = torch.cat([x, *[part for z in waves for part in (z.imag, z.real)]], dim=1)
+        self.assertClose(Fourier(lambda h, t: h * t, (3, 5))(x, 2), 2 * expected, atol=1e-4)
+        self.assertSame(Fourier(lambda h, t: h, ())(x, 2), x)
+
+    def test_fourier_features_pass_bfloat16(self):
+        # There −0.9961 and −0.9951 are the same number, −1 + 2⁻⁸: not to the waves.
+        x = torch.full((1, 1, 8, 8), -0.9961)
+        for exponents, differ in ((), False), ((5,), True):
+            unet = Fourier(random_weights(UNet(1 + 2 * len(exponents), 1, 8, (1,))), exponents)
+            with torch.autocast("cpu", torch.bfloat16):
+                a, b = (unet(y, torch.ones(1)) for y in (x, x + 0.001))
+            self.assertEqual(bool((a - b).abs().max() > 0), differ)
+
+    def test_an_epsilon_put_together_from_two(self):
+        # What is right, in either half, is right in ε̂_θ: at small t of ε̂, at large t of x̂.
+        alphas, x_0, noise = cauchy_alphas(100), torch.rand(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+        ddpm = DDPM(None, alphas)
+        for kappa in (8, 3):
+            for t in (1, 40, 100):
+                x_t, times = ddpm.q_sample(x_0, t, noise), torch.full((2,), t)
+
+                def combine(noise_hat):
+                    both = torch.cat([noise_hat, x_0], 1)
+                    options = {} if kappa == 8 else {"kappa": kappa}
+                    return NoiseAndImage(lambda x, t: both, alphas, **options)(x_t, times)
+
+                self.assertClose(combine(noise), noise, rtol=1e-4, atol=1e-4)
+                snr = ddpm.alpha_bar[t] / (1 - ddpm.alpha_bar[t])
+                wrong = combine(noise + 1) - noise
+                self.assertClose(wrong, torch.full_like(wrong, kappa * snr / (1 + kappa * snr)),
+                                 rtol=1e-3, atol=1e-4)
+
+    def test_an_epsilon_in_bfloat16_is_precise_where_it_is_almost_x_t(self):
+        # x̂_θ divides an error of ε̂_θ by √ᾱ_T = 0.02: a rounding to 2⁻⁹ would be 0.1 of a picture.
+        alphas = cauchy_alphas(100)
+        unet = UNet(1, 2, 8, (1,))
+        ddpm = DDPM(NoiseAndImage(unet, alphas), alphas, clip=False)
+        x_T = torch.randn(2, 1, 8, 8)
+        nn.init.constant_(unet.head[2].bias, 0.7)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            x0_hat = ddpm.predict_x0(x_T, 100)
+        root = ddpm.alpha_bar[100].sqrt()
+        w = 8 * root**2 / (8 * root**2 + 1 - root**2)
+        expected = w * (x_T - (1 - root**2).sqrt() * 0.7) / root + (1 - w) * 0.7
+        self.assertClose(x0_hat, expected, atol=0.003)
+
+    def test_the_default_network(self):
+        # A fresh one knows nothing: ε̂ = x̂ = 0, so ε̂_θ = √(1 − ᾱ_t) x_t / (κ ᾱ_t + 1 − ᾱ_t).
+        config = {"model": "ddpm", "image_shape": [1, 28, 28], **train.DEFAULTS["ddpm"]}
+        ddpm = sample.build_model(config)
+        self.assertEqual(sum(p.numel() for p in ddpm.parameters()), 637_186)
+        alpha_bar = ddpm.alpha_bar[1:]
+        share = (1 - alpha_bar) / (8 * alpha_bar + 1 - alpha_bar)
+        expected = share**2 * alpha_bar / (1 - alpha_bar) + (share - 1)**2  # for pixels of ±1
+        losses = [ddpm.loss(torch.ones(40, 1, 28, 28)).detach() for _ in range(20)]
+        self.assertMean(torch.stack(losses), expected.mean())
 
 
 # ------------------------------------------------------------------------------ files
@@ -709,7 +831,8 @@ class TestPNG(FileTest):
 
     def test_to_uint8_and_back(self):
         values = torch.arange(256, dtype=torch.uint8)
-        self.assertTrue((sample.to_uint8(train.to_float(values, CPU)) == values).all())
+        self.assertClose(sample.to_float(values, CPU), torch.linspace(-1, 1, 256), atol=1e-6)
+        self.assertTrue((sample.to_uint8(sample.to_float(values, CPU)) == values).all())
         self.assertEqual(sample.to_uint8(torch.tensor([-9.0, 9])).tolist(), [0, 255])
 
 
@@ -731,13 +854,14 @@ class TestData(FileTest):
         self.assertEqual((images.shape, images.dtype), ((60_000, 1, 28, 28), torch.uint8))
         self.assertEqual((test.shape, test.dtype), ((10_000, 1, 28, 28), torch.uint8))
 
-    def test_gzipped_or_not_and_with_a_dot(self):
+    def test_gzipped_or_not_whatever_the_name(self):
         images = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8)
-        write_idx(self.folder / "train-images-idx3-ubyte.gz", images, gzip.open)
-        write_idx(self.folder / "t10k-images.idx3-ubyte", images)
         (self.folder / "t10k-images-idx3-ubyte").mkdir()  # as Kaggle's archive has both
-        for split in train.load_images(self.folder):
-            self.assertTrue((split[:, 0] == images).all())
+        for opener, other in ((gzip.open, open), (open, gzip.open)):
+            write_idx(self.folder / "train-images-idx3-ubyte.gz", images, opener)
+            write_idx(self.folder / "t10k-images.idx3-ubyte", images, other)
+            for split in train.load_images(self.folder):
+                self.assertTrue((split[:, 0] == images).all())
 
     def test_a_pt_file(self):
         images = torch.randint(0, 256, (100, 3, 4, 5), dtype=torch.uint8)
@@ -817,13 +941,6 @@ class TestCheckpoint(FileTest):
             process.wait()
             self.assertEqual(len(torch.unique(sample.load(self.path))), 1)
 
-    def test_a_reader_on_windows(self):
-        # There nobody can replace a file that somebody reads.
-        with mock.patch.object(os, "replace",
-                               side_effect=[PermissionError, PermissionError, None]) as replace:
-            sample.save(self.path, 1)
-        self.assertEqual(replace.call_count, 3)
-
 
 # ------------------------------------------------------------------------------ command lines
 
@@ -861,11 +978,11 @@ class CommandTest(FileTest):
                 status = stop.code
         return output.getvalue(), status
 
-    def train(self, model, *arguments, out=None, device="cpu"):
+    def options(self, model, *arguments, out=None, device="cpu"):
         return ["--model", model, "--data", self.data, "--out", out or self.run_folder, "--device",
                 device, "--batch-size", 16, "--precision", "fp32", *TINY[model], *arguments]
 
-    def sample(self, *arguments, checkpoint=None):
+    def draw(self, *arguments, checkpoint=None):
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             sample.main([*map(str, ("--checkpoint", checkpoint or self.checkpoint, "--device",
                                     "cpu", "--precision", "fp32", *arguments))])
@@ -934,17 +1051,17 @@ def graphs_on_the_cpu():
 class TestGraph(CommandTest):
     def test_a_recorded_run_is_the_run(self):
         # Stopped after 12 steps and resumed it is, too.
-        for model, precision in (("ddpm", "fp32"), ("ddpm", "bf16"), ("vae", "fp32")):
+        for model, precision in (("ddpm", "bf16"), ("vae", "fp32")):
             more = ["--dropout", 0.1] if model == "ddpm" else ["--decoder-std", "learned"]
             eager, recorded = (self.folder / f"{model} {precision} {i}" for i in range(2))
             options = [*more, "--precision", precision, "--steps", 25]
             signals = iter([0] * 11 + [signal.SIGTERM])
             with mock.patch.object(train, "evaluate", lambda *arguments: 0.0):
-                self.in_process(*self.train(model, *options, out=eager))
+                self.in_process(*self.options(model, *options, out=eager))
                 with graphs_on_the_cpu(), mock.patch.object(
                         train, "signal_of_any_rank", lambda _: next(signals, 0)):
-                    self.in_process(*self.train(model, *options, out=recorded))
-                    self.in_process(*self.train(model, *options, "--resume", out=recorded))
+                    self.in_process(*self.options(model, *options, out=recorded))
+                    self.in_process(*self.options(model, *options, "--resume", out=recorded))
             for row in (0, 2):  # that of step 20 is of the steps since it went on
                 self.assertEqual(*(self.metrics(out)[row]["loss"] for out in (eager, recorded)))
             a, b = (sample.load(out / "checkpoint.pt") for out in (eager, recorded))
@@ -956,7 +1073,7 @@ class TestGraph(CommandTest):
     def test_a_recorded_chain_is_the_chain(self):
         # Of batches of 2, 2 and 1.
         alphas, noise = cauchy_alphas(10), torch.randn(5, 1, 8, 8)
-        ddpm = DDPM(random_weights(UNet(1, 8, (1, 2), alphas=alphas)), alphas).eval()
+        ddpm = DDPM(random_weights(small_unet(alphas)), alphas).eval()
         images = []
         with mock.patch.object(sample, "BATCH", 2), contextlib.redirect_stderr(io.StringIO()):
             for graphs in (contextlib.nullcontext(), graphs_on_the_cpu()):
@@ -980,30 +1097,33 @@ class TestGraph(CommandTest):
 
 
 class TestEndToEnd(CommandTest):
-    def losses_fall(self):
+    def losses_fall(self, to):
         rows = self.metrics()
         self.assertEqual([int(row["step"]) for row in rows], [10, 20, 30, 40, 48])
         self.assertEqual(float(rows[-1]["epoch"]), 3)
-        losses = [float(row["loss"]) for row in rows]
-        self.assertLess(losses[-1], 0.9 * losses[0])
+        self.assertLess(float(rows[-1]["loss"]), to)
 
     def test_ddpm(self):
-        text = self.command("train.py", *self.train("ddpm", "--epochs", 3, "--lr", 0.01,
-                                                    "--dropout", 0.1))
-        self.assertRegex(text, r"test ELBO -[\d.]+ nats, [\d.]+ bits/dim \(60 images, k = 20\)")
+        text = self.command("train.py", *self.options("ddpm", "--epochs", 3, "--lr", 0.01,
+                                                      "--dropout", 0.1))
+        self.assertRegex(text, r"test ELBO -[\d.]+ nats, [\d.]+ bits/dim "
+                               r"\(60 images, 20 random t each\)")
         self.assertIn("sample.py", text)
-        self.losses_fall()
+        self.losses_fall(to=0.15)
         for step in (16, 32, 48):
             (picture,), _ = decode_png(self.run_folder / f"samples_{step:06d}.png")
             self.assertEqual(picture.shape, (1, 8 * 30 + 2, 8 * 30 + 2))
 
         tensor, film, strip = (self.folder / name for name in ("x.pt", "film.png", "strip.png"))
-        self.sample("-n", 5, "--out", tensor, "--chain", film, "--strip", strip)
-        images = torch.load(tensor, weights_only=True)
+        with mock.patch.object(sample, "BATCH", 3):
+            self.draw("-n", 5, "--out", tensor, "--chain", film)
+        self.assertEqual(len(sample.load(tensor)), 5)
+        frames, _ = decode_png(film)
+        self.assertEqual(len(frames), 21)  # x_20, …, x_0, of the first batch
+        self.assertTrue((frames[-1] == sample.grid(sample.load(tensor)[:3])).all())
+        self.draw("-n", 5, "--out", tensor, "--strip", strip)
+        images = sample.load(tensor)
         self.assertEqual((images.shape, images.dtype), ((5, 1, 28, 28), torch.uint8))
-        frames, delays = decode_png(film)
-        self.assertEqual(len(frames), 21)  # x_20, …, x_0
-        self.assertTrue((frames[-1] == sample.grid(images)).all())
         (still,), _ = decode_png(strip)
         self.assertEqual(still.shape, (1, 5 * 30 + 2, 11 * 30 + 2))
 
@@ -1016,21 +1136,21 @@ class TestEndToEnd(CommandTest):
             self.assertEqual(bool((images == drawn).all()), same)
 
         # The same seed gives the same images, in any form; another seed or sampler does not.
-        self.sample("-n", 5, "--out", self.folder / "x.png")
+        self.draw("-n", 5, "--out", self.folder / "x.png")
         (picture,), _ = decode_png(self.folder / "x.png")
         self.assertTrue((picture == sample.grid(images)).all())
         for other in (["--seed", 1], ["--steps", 5], ["--eta", 0],
                       ["--precision", "bf16"]):
-            self.sample("-n", 5, "--out", tensor, *other)
-            self.assertFalse((torch.load(tensor, weights_only=True) == images).all())
+            self.draw("-n", 5, "--out", tensor, *other)
+            self.assertFalse((sample.load(tensor) == images).all())
 
     def test_vae(self):
-        text = self.command("train.py", *self.train("vae", "--epochs", 3))
-        self.losses_fall()
+        text = self.command("train.py", *self.options("vae", "--epochs", 3))
+        self.losses_fall(to=0.75)
         (picture,), _ = decode_png(self.run_folder / "reconstructions_000048.png")
         _, originals = train.load_images(self.data)
         self.assertTrue((picture[:, 2:30, 2:30] == originals[0]).all())
-        x = train.to_float(originals, CPU)
+        x = sample.to_float(originals, CPU)
         _, vae = sample.read_checkpoint(self.checkpoint)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -1040,14 +1160,17 @@ class TestEndToEnd(CommandTest):
         # The last line is of the averaged weights, and a mean over all images.
         nats = -bits * 784 * math.log(2)
         self.assertIn(f"test ELBO {nats:.1f} nats, {bits:.3f} bits/dim (60 images)", text)
-        self.sample("-n", 65)
+        with mock.patch.object(sample, "BATCH", 32):
+            self.draw("-n", 65)
         (picture,), _ = decode_png(self.run_folder / "samples.png")
-        self.assertEqual(picture.shape, (1, 8 * 30 + 2, 9 * 30 + 2))
+        torch.manual_seed(0)
+        images = sample.to_uint8(vae.sample(torch.randn(65, 4)))
+        self.assertLessEqual((picture.int() - sample.grid(images).int()).abs().max(), 1)
 
     def test_latent_grid(self):
         flat, file = self.folder / "flat" / "checkpoint.pt", self.folder / "grid.png"
-        self.in_process(*self.train("vae", "--steps", 1, "--latent-dim", 2, out=flat.parent))
-        self.sample("--latent-grid", file, checkpoint=flat)
+        self.in_process(*self.options("vae", "--steps", 1, "--latent-dim", 2, out=flat.parent))
+        self.draw("--latent-grid", file, checkpoint=flat)
         (picture,), _ = decode_png(file)
         _, vae = sample.read_checkpoint(flat)
         z = Normal(0.0, 1.0).icdf((torch.arange(20) + 0.5) / 20)
@@ -1062,20 +1185,28 @@ class TestEndToEnd(CommandTest):
         for model, options, more in (("ddpm", [], ["--chain", self.folder / "film.png"]),
                                      ("vae", ["--decoder-std", "learned"], [])):
             out = self.folder / model
-            self.in_process(*self.train(model, "--data", data, "--epochs", 1, *options, out=out))
-            self.sample("-n", 2, *more, checkpoint=out / "checkpoint.pt")
+            self.in_process(*self.options(model, "--data", data, "--epochs", 1, *options, out=out))
+            self.draw("-n", 2, *more, checkpoint=out / "checkpoint.pt")
             (picture,), _ = decode_png(out / "samples.png")
             self.assertEqual(picture.shape, (3, 14 + 2, 2 * 18 + 2))
             self.assertFalse((picture[0] == picture[1]).all())
         frames, _ = decode_png(self.folder / "film.png")
         self.assertEqual((len(frames), frames[0].shape), (21, picture.shape))
 
-    def test_from_any_folder_and_with_the_mnist_beside_the_file(self):
-        output = self.command("train.py", "--model", "vae", "--steps", 1, "--device", "cpu")
+    def test_from_any_folder_to_any_folder_and_with_the_mnist_beside_the_file(self):
+        # Also where the terminal lacks the letters of a name.
+        env, out = {**os.environ, "PYTHONIOENCODING": "ascii"}, Path("runs", "модель", "a")
+        output = self.command("train.py", "--model", "vae", "--steps", 1, "--device", "cpu",
+                              "--out", out, env=env)
         self.assertIn("60,000 images", output)
-        self.assertTrue((self.folder / "runs" / "vae" / "checkpoint.pt").exists())
-        self.command("sample.py", "--device", "cpu")  # of the newest run
-        self.assertTrue((self.folder / "runs" / "vae" / "samples.png").exists())
+        self.assertIn("runs/??????/a/checkpoint.pt", output)
+        self.assertIsNone(sample.load(self.folder / out / "checkpoint.pt")["config"]["data"])
+        (self.folder / "runs" / "old").mkdir()
+        (self.folder / "runs" / "old" / "checkpoint.pt").touch()
+        os.utime(self.folder / "runs" / "old" / "checkpoint.pt", (0, 0))
+        output = self.command("sample.py", "--device", "cpu", env=env)  # of the newest run
+        self.assertRegex(output, r"wrote .*a.samples.png, from runs.\?{6}.a.checkpoint.pt")
+        self.assertTrue((self.folder / out / "samples.png").exists())
 
 
 class TestReadme(FileTest):
@@ -1096,11 +1227,11 @@ class TestReadme(FileTest):
             self.assertEqual(inspect.getsourcelines(source)[1], int(line), name)
         for path in re.findall(r"\]\(([\w/.]+)\)", self.text):
             self.assertTrue((HERE / path).exists(), path)
-        rows = [what for section in (section_1, section_2) for what, *_ in section.examples()]
+        labels = [what for section in (section_1, section_2) for what, *_ in rows(section)]
         named = re.findall(r"\| ((?:Ex\.|Thm|Training|\(\d)[^|\n]*) \|$", self.text, re.M)
         self.assertGreater(len(named), 30)
         for name in ", ".join(named).split(", "):
-            self.assertTrue(any(what.startswith(f"{name} ") for what in rows), name)
+            self.assertTrue(any(what.startswith(f"{name} ") for what in labels), name)
 
     def test_every_command_parses(self):
         inline = re.findall(r"`((?:python|torchrun) [^`]*)`", self.text)
@@ -1155,8 +1286,8 @@ class TestRuns(CommandTest):
                 ("vae", ["--steps", 240], signal.SIGKILL, -9)):
             straight, stopped = self.folder / f"{model}-straight", self.folder / f"{model} {ask}"
             if not straight.exists():
-                self.in_process(*self.train(model, *options, out=straight))
-            arguments = list(map(str, self.train(model, *options, out=stopped)))
+                self.in_process(*self.options(model, *options, out=straight))
+            arguments = list(map(str, self.options(model, *options, out=stopped)))
             process = subprocess.Popen(
                 [sys.executable, HERE / "train.py", *arguments], cwd=self.folder,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -1183,40 +1314,21 @@ class TestRuns(CommandTest):
             for key in ("step", "model", "ema", "optimizer"):
                 self.assertSame(a[key], b[key])
 
-    @unittest.skipIf(os.name == "nt", "Windows has other signals")
-    def test_interrupted_when_nobody_reads_any_more(self):
-        # Ctrl-C ends the tee of `2>&1 | tee log`, too.
-        process = subprocess.Popen(
-            [sys.executable, HERE / "train.py", *map(str, self.train("vae", "--steps", 10**5))],
-            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.wait_for_rows(self.run_folder)
-        process.stdout.close()
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-        self.assertGreaterEqual(sample.load(self.checkpoint)["step"],
-                                int(self.metrics()[-1]["step"]))
-
-    def test_a_caught_signal_gets_its_default_back(self):
-        before = signal.getsignal(signal.SIGTERM)
-        with train.caught_signals() as signals:
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.raise_signal(signum)
-                self.assertEqual(signals[-1], signum)
-                self.assertEqual(signal.getsignal(signum), signal.SIG_DFL)
-        self.assertEqual(signal.getsignal(signal.SIGTERM), before)
-
-    def test_killed_in_the_last_pictures(self):
-        options = self.train("vae", "--steps", 16)
-        with mock.patch.object(train, "draw_pictures", side_effect=OSError("killed")):
-            self.assertMistake("train.py", options, "killed.*--resume")
-        self.in_process(*options, "--resume")
-        self.assertTrue((self.run_folder / "samples_000016.png").exists())
+    def test_outside_the_main_thread(self):
+        # Where no signal can be caught.
+        results = []
+        thread = threading.Thread(target=lambda: results.append(self.in_process(
+            *self.options("vae", "--steps", 2))))
+        thread.start()
+        thread.join()
+        self.assertEqual(results[0][1], 0)
+        self.assertEqual(sample.load(self.checkpoint)["step"], 2)
 
     def test_a_loss_that_is_no_number_stops_the_run(self):
         loss, bad = VAE.loss, iter([1] * 19 + [math.nan] + [1] * 5 + [math.inf])
-        options = self.train("vae", "--steps", 40)
+        options = self.options("vae", "--steps", 40)
         with mock.patch.object(VAE, "forward", lambda vae, x: next(bad, 1) * loss(vae, x)):
-            self.assertMistake("train.py", options, "step 20: .* nan or inf; .*--lr.*--resume")
+            self.assertMistake("train.py", options, "step 20: .* nan or inf; a new run.*--lr")
             self.assertEqual(sample.load(self.checkpoint)["step"], 16)
             self.assertEqual([row["step"] for row in self.metrics()], ["10"])
             self.assertMistake("train.py", [*options, "--resume"], "step (20|30): .* nan")
@@ -1228,20 +1340,16 @@ class TestRuns(CommandTest):
         loss = VAE.loss
         with mock.patch.object(VAE, "forward", lambda vae, x: loss(vae, x) + (
                 (0 * next(vae.parameters()).sum()).sqrt() if root.pop(0) else 0)):
-            self.assertMistake("train.py", self.train("vae", "--steps", 16), "step 16: .* a weight")
+            self.assertMistake("train.py", self.options("vae", "--steps", 16),
+                               "step 16: .* a weight")
         self.assertEqual(sample.load(self.checkpoint)["step"], 0)
-
-    def test_pictures_at_most_20_times(self):
-        self.in_process(*self.train("vae", "--batch-size", 256, "--epochs", 61))
-        self.assertEqual(sorted(path.name for path in self.run_folder.glob("samples_*")),
-                         [f"samples_{step:06d}.png" for step in (*range(4, 61, 4), 61)])
 
     def test_a_checkpoint_every_five_minutes(self):
         # By a clock on which 40 s pass between one look and the next.
         clock, saved = itertools.count(0, 40), []
         with mock.patch.object(train.time, "perf_counter", lambda: next(clock)), \
                 mock.patch.object(train, "save", lambda path, state: saved.append(state)):
-            self.in_process(*self.train("vae", "--batch-size", 4, "--epochs", 1))
+            self.in_process(*self.options("vae", "--batch-size", 4, "--epochs", 1))
         times = [state["seconds"] for state in saved]
         self.assertLess(max(b - a for a, b in zip(times, times[1:])), 300 + 5 * 40)
         self.assertLess(len(saved), 12)
@@ -1249,10 +1357,10 @@ class TestRuns(CommandTest):
         self.assertEqual(row["images_per_second"], f"{256 / float(row['seconds']):.1f}")
 
     def test_what_may_change(self):
-        self.in_process(*self.train("vae", "--steps", 16))
+        self.in_process(*self.options("vae", "--steps", 16))
         moved = self.folder / "moved"
         self.data.rename(moved)
-        options = self.train("vae", "--resume", "--steps", 17)
+        options = self.options("vae", "--resume", "--steps", 17)
         self.assertMistake("train.py", options, "no IDX file")
         output, status = self.in_process(*options, "--data", moved)
         self.assertEqual(status, 0)
@@ -1262,47 +1370,21 @@ class TestRuns(CommandTest):
         self.assertMistake("train.py", [*options, "--data", self.folder / "other.pt"],
                            "248 images .* began with 256")
 
-    def test_rows_that_are_taken_again(self):
-        self.in_process(*self.train("vae", "--steps", 32))
-        path = self.run_folder / "metrics.csv"
-        rows = path.read_text()
-        for spoiled in ("40,1,1\n50,1,1\n", "33,1", "\na note \xff\n"):
-            path.write_text(rows + spoiled, encoding="latin-1")
-            self.in_process(*self.train("vae", "--steps", 32, "--resume"))
-            self.assertEqual(path.read_text(), rows)
-
-    def test_pictures_fit_where_training_does(self):
-        # In portions of the batch, and always from the same noise.
-        for model in ("vae", "ddpm"):
-            sizes, options = [], self.train(model, "--steps", 2, out=self.folder / model)
-            kind = VAE if model == "vae" else DDPM
-            draw = kind.sample
-            with mock.patch.object(kind, "sample", lambda self, noise, *options: sizes.append(
-                    len(noise)) or draw(self, noise, *options)):
-                self.in_process(*options)
-            self.assertEqual(sizes, [16] * 4)
-            state, trained = sample.read_checkpoint(self.folder / model / "checkpoint.pt")
-            x = torch.zeros(2, 1, 28, 28)
-            self.assertSame(*(train.draw_pictures(trained, x, state["config"]) for _ in range(2)))
-
     def test_every_rank_takes_another_share(self):
         config, images = {"seed": 0, "batch_size": 8}, torch.arange(20, dtype=torch.uint8)
-        whole = [train.next_batch(images, config, step, CPU) for step in range(4)]
+        whole = [sample.to_uint8(train.next_batch(images, config, epoch, i, CPU))
+                 for epoch in (0, 1) for i in (0, 1)]
         self.assertEqual(len(torch.cat(whole[:2]).unique()), 16)  # no image twice in an epoch
         self.assertFalse((torch.cat(whole[:2]) == torch.cat(whole[2:])).all())
-        seeds = set()
-        for step in range(4):
-            shares = []
-            for rank in (0, 1):
-                with mock.patch.multiple(train, RANK=rank, RANKS=2):
-                    shares.append(train.next_batch(images, config, step, CPU))
-                seeds.add(torch.initial_seed())
-            self.assertSame(torch.cat(shares), whole[step])
-        self.assertEqual(len(seeds), 8)  # other random numbers in every step, on every rank
+        shares = []
+        for rank in (0, 1):
+            with mock.patch.multiple(train, RANK=rank, RANKS=2):
+                shares.append(sample.to_uint8(train.next_batch(images, config, 1, 1, CPU)))
+        self.assertSame(torch.cat(shares), whole[3])
 
     # What torchrun starts: train.py without chance in the VAE, and with a signal to rank 1 alone,
     # as on a machine with an accelerator: there torch's default group has no CPU tensors.
-    RANKS = """
+    RANKS_SCRIPT = """
 import signal, sys, torch, train, vae
 
 loss, steps = vae.VAE.loss, int(sys.argv.pop())
@@ -1324,12 +1406,12 @@ train.main()
     def test_two_ranks_are_one_process(self):
         script, together = self.folder / "ranks.py", ["-m", "torch.distributed.run",
                                                       "--nproc_per_node=2"]
-        script.write_text(self.RANKS)
+        script.write_text(self.RANKS_SCRIPT)
         env = {**os.environ, "PYTHONPATH": str(HERE)}
         options = ["--batch-size", 32, "--steps", 20]
         both, one = self.run_folder, self.folder / "one"
-        self.command(script, *self.train("vae", *options), 0, launcher=together, env=env)
-        self.command(script, *self.train("vae", *options, out=one), 0, env=env)
+        self.command(script, *self.options("vae", *options), 0, launcher=together, env=env)
+        self.command(script, *self.options("vae", *options, out=one), 0, env=env)
         for x, y in zip(self.metrics(both), self.metrics(one), strict=True):
             self.assertEqual((x["step"], x["epoch"], x["lr"]), (y["step"], y["epoch"], y["lr"]))
             self.assertClose(float(x["loss"]), float(y["loss"]), rtol=1e-4)
@@ -1338,8 +1420,8 @@ train.main()
             self.assertClose(a[name], b[name], atol=2e-3)  # half a step; Adam magnifies rounding
         # More steps, by one process again, and then by two of which one gets a signal.
         resume = ["--batch-size", 32, "--resume", "--steps"]
-        self.command("train.py", *self.train("vae", *resume, 23))
-        output = self.command(script, *self.train("vae", *resume, 90), 5, status=1,
+        self.command("train.py", *self.options("vae", *resume, 23))
+        output = self.command(script, *self.options("vae", *resume, 90), 5, status=1,
                               launcher=together, env=env)
         self.assertIn("stopped at step 27 of 90", output)
         self.assertIn("torchrun --nproc_per_node=2 train.py", output)
@@ -1349,51 +1431,69 @@ train.main()
         for step, share in ((0, 0.2), (4, 0.996), (50, 0.5), (75, 0.1464), (99, 0.0002467)):
             self.assertClose(train.lr_share(step, 100), share, rtol=1e-3)
 
-    def test_ema(self):
-        # ema ← d ema + (1 − d) weights, d = step/(step + 10), from the first weights on.
-        options = self.train("vae", "--batch-size", 256, "--steps")
-        states = []
-        with mock.patch.object(train, "save", lambda path, state: states.append(
-                copy.deepcopy(state))):
-            self.in_process(*options, 3)
-        for step, (before, after) in enumerate(zip(states, states[1:]), start=1):
-            decay = step / (step + 10)
-            for name, average in after["ema"].items():
-                self.assertClose(average, decay * before["ema"][name]
-                                 + (1 - decay) * after["model"][name], rtol=1e-4, atol=1e-7)
+    def test_a_run_by_hand(self):
+        # Batches, clipping to norm 1, Adam, learning rate and EMA, written out, from the first
+        # weights on. A step's random numbers are a function of the seed, the epoch and its place.
+        for model, options in (("ddpm", ["--dropout", 0.1]), ("vae", [])):
+            out = self.folder / model
+            self.in_process(*self.options(model, "--steps", 20, "--lr", 0.02, *options, out=out))
+            state = sample.load(out / "checkpoint.pt")
+            torch.manual_seed(0)
+            network, (images, _) = sample.build_model(state["config"]), train.load_images(self.data)
+            weights = list(network.parameters())
+            ema, first, second = ([w.detach().clone() if i == 0 else torch.zeros_like(w)
+                                   for w in weights] for i in range(3))
+            norms, start = [], nn.utils.parameters_to_vector(weights).detach()
+            for step in range(20):
+                epoch, i = divmod(step, 16)
+                order = torch.randperm(
+                    256, generator=torch.Generator().manual_seed(hash((0, epoch))))
+                torch.manual_seed(hash((0, epoch, i)))
+                loss = network.loss(images[order[16 * i:16 * i + 16]] / 127.5 - 1)
+                gradient = torch.autograd.grad(loss, weights)
+                norms.append(sum(g.double().square().sum() for g in gradient).sqrt().item())
+                lr = 0.02 * (1 + math.cos(math.pi * step / 20)) / 2  # the warm-up is one step
+                decay = (step + 1) / (step + 11)
+                with torch.no_grad():
+                    for w, e, m, v, g in zip(weights, ema, first, second, gradient):
+                        g = g / max(1, norms[-1])
+                        m.copy_(0.9 * m + 0.1 * g)
+                        v.copy_(0.99 * v + 0.01 * g**2)
+                        w -= (lr * m / (1 - 0.9**(step + 1))
+                              / ((v / (1 - 0.99**(step + 1))).sqrt() + 1e-8))
+                        e.copy_(decay * e + (1 - decay) * w)
+            self.assertTrue(min(norms) < 1 < max(norms))  # some are clipped
+            for name, expected in (("model", weights), ("ema", ema)):
+                actual = torch.cat([w.flatten() for w in state[name].values()])
+                expected = nn.utils.parameters_to_vector(expected).detach()
+                self.assertLess((actual - expected).norm(), 1e-3 * (expected - start).norm())
 
     def test_mistakes_with_options(self):
-        self.in_process(*self.train("vae", "--steps", 2))
+        self.in_process(*self.options("vae", "--steps", 2))
         before = {path: path.read_bytes() for path in self.run_folder.iterdir()}
         new, ddpm, vae = self.folder / "new", ["--model", "ddpm"], ["--model", "vae"]
         for expected, *arguments in (
-                ("--epochs", *vae, "--epochs", 0), ("--steps", *vae, "--steps", 0),
-                ("--batch-size 1000", *vae, "--batch-size", 1000), ("--lr", *vae, "--lr", 0),
-                ("--lr", *vae, "--lr", "nan"), ("--decoder-std", *vae, "--decoder-std", "inf"),
-                ("--seed", *vae, "--seed", -1), ("--timesteps", *ddpm, "--timesteps", 1),
-                ("channels", *ddpm, "--channels", 10), ("--channels", *vae, "--channels", 0),
-                ("multipliers", *ddpm, "--multipliers", 0), ("--blocks", *ddpm, "--blocks", 0),
-                ("attention", *ddpm, "--attention", 5), ("--dropout", *ddpm, "--dropout", 1),
-                ("--latent-dim", *vae, "--latent-dim", 0), ("--fourier", *ddpm, "--fourier", 9),
-                ("--decoder-std", *vae, "--decoder-std", "taught"),
-                ("--schedule", *ddpm, "--schedule", "sine"),
-                ("--device gpu", *vae, "--device", "gpu"),
-                ("--timesteps is not an option of --model vae", "--timesteps", 10, *vae),
-                ("divisible by 8", *ddpm, "--multipliers", 1, 1, 1, 1),
+                ("--model",), ("--model", "--model", "gan"), ("--out", *vae, "--out", ""),
                 ("--steps: not allowed with .*--epochs", *vae, "--epochs", 1, "--steps", 1),
-                ("--model",), ("--model", "--model", "gan"), ("--out", *vae, "--out", "")):
+                ("--timesteps is not an option of --model vae", "--timesteps", 10, *vae),
+                ("--lr", *vae, "--lr", "nan"), ("--schedule", *ddpm, "--schedule", "sine"),
+                ("--decoder-std: invalid std value", *vae, "--decoder-std", "taught"),
+                ("--batch-size 1000", *vae, "--batch-size", 1000),
+                ("--device gpu", *vae, "--device", "gpu"), ("channels", *ddpm, "--channels", 10),
+                ("multipliers", *ddpm, "--multipliers"),
+                ("divisible by 8", *ddpm, "--multipliers", 1, 1, 1, 1)):
             arguments = ["--data", self.data, "--out", new, *arguments]
             self.assertMistake("train.py", arguments, expected)
             self.assertFalse(new.exists())
 
         for expected, arguments in (
-                ("--resume.*--out", self.train("vae")),
-                ("--lr 0.5.*began with", self.train("vae", "--resume", "--lr", 0.5)),
-                ("1 steps: .* has taken 2", self.train("vae", "--resume", "--steps", 1)),
+                ("--resume.*--out", self.options("vae")),
+                ("--lr 0.5.*began with", self.options("vae", "--resume", "--lr", 0.5)),
+                ("1 steps: .* has taken 2", self.options("vae", "--resume", "--steps", 1)),
                 ("--model ddpm.*began with vae",
-                 ["--timesteps", 9, *self.train("ddpm", "--resume")]),
-                ("No such file", self.train("vae", "--resume", out=new)),
-                ("Not a directory|File exists", self.train("vae", out=self.checkpoint / "run"))):
+                 ["--timesteps", 9, *self.options("ddpm", "--resume")]),
+                ("No such file", self.options("vae", "--resume", out=new)),
+                ("Not a directory|File exists", self.options("vae", out=self.checkpoint / "run"))):
             self.assertMistake("train.py", arguments, expected)
 
         for expected, *arguments in (
@@ -1402,14 +1502,13 @@ train.main()
                 ("metrics.csv: ", "--checkpoint", self.run_folder / "metrics.csv"),
                 ("a vae", "--steps", 5), ("a vae", "--chain", "x.png"),
                 ("z .* 4 numbers", "--latent-grid", "x.png"), ("-n", "-n", 0),
-                ("--eta", "--steps", 5, "--eta", 1.1), ("--eta", "--eta", 0.5),
-                ("--device cuda:99", "--device", "cuda:99"), ("must end in", "--out", "x.jpg"),
-                ("must end in", "--chain", "x.pt"), ("No such file", "--out", "nowhere/x.png"),
-                ("too long", "--out", "x" * 250 + ".png"),
+                ("--eta", "--eta", 0.5), ("--device cuda:99: [^.]*$", "--device", "cuda:99"),
+                ("must end in", "--out", "x.jpg"), ("must end in", "--chain", "x.pt"),
+                ("a folder that exists", "--out", "nowhere/x.png"),
                 ("not overwritten", "--out", self.checkpoint),
                 ("file of its own", "--out", "x.png", "--latent-grid", "./x.png")):
             self.assertMistake("sample.py", ["--checkpoint", self.checkpoint, *arguments], expected)
-        for script, arguments in (("sample.py", []), ("train.py", self.train("vae"))):
+        for script, arguments in (("sample.py", []), ("train.py", self.options("vae"))):
             errors = self.command(script, *arguments, status=2)
             self.assertRegex(errors, rf"^{script}: error: .*runs?/.*\n$")
         self.assertEqual(before, {path: path.read_bytes() for path in self.run_folder.iterdir()})
@@ -1431,7 +1530,7 @@ train.main()
         for expected, shape, value, model in (
                 ("expected images", (40, 784), 9, "vae"), ("at most 3", (3, 28, 28), 9, "vae"),
                 ("at least 8", (40, 7, 7), 9, "vae"), ("0 to 255", (40, 28, 28), 1, "vae"),
-                ("30×30.*divisible by 4", (40, 30, 30), 9, "ddpm")):
+                ("divisible by 4.*30, 30", (40, 30, 30), 9, "ddpm")):
             for path in (training, testing):
                 write_idx(path, torch.full(shape, value, dtype=torch.uint8))
             check(expected, model=model)
@@ -1490,7 +1589,7 @@ class TestCUDA(CommandTest):
             for devices in ([], ["cuda"]):
                 out = self.folder / f"{model}{len(devices)}"
                 with mock.patch.object(sample, "RECORDED", devices):
-                    self.in_process(*self.train(model, "--steps", 20, out=out, device="cuda"))
+                    self.in_process(*self.options(model, "--steps", 20, out=out, device="cuda"))
                 losses.append(torch.tensor([float(row["loss"]) for row in self.metrics(out)]))
             self.assertClose(*losses, rtol=1e-3)
 
@@ -1501,7 +1600,7 @@ class TestCUDA(CommandTest):
     def test_both_models_end_to_end(self):
         for model in ("vae", "ddpm"):
             out = self.folder / model
-            self.command("train.py", *self.train(model, "--epochs", 2, "--precision", "auto",
+            self.command("train.py", *self.options(model, "--epochs", 2, "--precision", "auto",
                                                  out=out, device="cuda"))
             self.command("sample.py", "--checkpoint", out / "checkpoint.pt", "--device", "cuda")
 

@@ -7,7 +7,7 @@
 Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on the way. One loop
 serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the loss
 (§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM using ε̂_θ"; version 3,
-January 2025). The rest is what most code of the field does to train a network.
+January 2025). The rest is common practice.
 """
 import argparse
 import contextlib
@@ -33,31 +33,55 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph, draw_noise,
-                    grid, keep_freed_memory, load, number, pick_device, read_checkpoint,
-                    recorded, save, to_uint8, write_png)
+from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph, draw_noise, grid,
+                    load, number, pick_device, read_checkpoint, recorded, run, save, to_float,
+                    to_uint8, write_png)
 
-# The options that --model brings with it, and their defaults.
-DEFAULTS = {
-    "ddpm": dict(steps=5600, batch_size=40, lr=3e-3, seed=0, timesteps=1000, schedule="cauchy",
-                 predict="noise", channels=16, multipliers=[1, 2, 4], blocks=1, attention=[],
-                 dropout=0.0, fourier=[3, 5]),
-    "vae": dict(epochs=10, batch_size=128, lr=4e-3, seed=0, latent_dim=8, decoder_std=0.6,
-                channels=16),
-}
-# What every run has beside them: the only options that may change at --resume.
-CHANGEABLE = dict(data=str(Path(__file__).resolve().parent / "data" / "mnist"), epochs=None,
-                  steps=None, device="auto", precision="auto")
+
+def std(text: str) -> float | str:
+    return text if text == "learned" else number(float, 1e-6, 1e6)(text)
+
+
+MODELS = ["ddpm", "vae"]
+COUNT, NONE = number(int, 1), "not an option of this model"
+OPTIONS = [  # name, default for ddpm, for vae, values, what it is
+    ("data", None, None, str, "folder of IDX files, named and gzipped (or not) as MNIST's, or a "
+     ".pt file of a uint8 tensor (N, C, H, W); default: the MNIST beside this file"),
+    ("epochs", None, 10, COUNT, "passes over the data"),
+    ("steps", 5600, None, COUNT, "optimiser steps, instead of --epochs"),
+    ("device", "auto", "auto", str, "cpu, cuda, cuda:N, mps or auto: CUDA where there is one"),
+    ("precision", "auto", "auto", ["auto", "fp32", "bf16"], "auto is bf16 autocast on hardware "
+     "that has bf16"),
+    ("batch_size", 40, 128, COUNT, "images in a step, of all devices together"),
+    ("lr", 3e-3, 4e-3, number(float, 1e-9, 1), "peak learning rate"),
+    ("seed", 0, 0, number(int, 0, 2**63 - 1), "of every random number"),
+    ("channels", 16, 16, COUNT, "width of the network's first layer"),
+    ("timesteps", 1000, NONE, number(int, 2, 10**6), "length T of the chain"),
+    ("schedule", "cauchy", NONE, list(SCHEDULES), "of alpha_t"),
+    ("predict", "noise", NONE, ["noise", "image"], "what the U-Net predicts"),
+    ("multipliers", [1, 2, 4], NONE, COUNT, "width of each level over --channels"),
+    ("blocks", 1, NONE, COUNT, "residual blocks a level"),
+    ("attention", [], NONE, number(int, 0), "levels with attention (0 is full resolution), beside "
+     "the middle"),
+    ("dropout", 0.0, NONE, number(float, 0, 0.999), "in the residual blocks"),
+    ("fourier", [3, 5], NONE, number(int, 0, 8), "the network also sees sin and cos of 2^n pi x "
+     "for each n"),
+    ("latent_dim", NONE, 8, COUNT, "length of z"),
+    ("decoder_std", NONE, 0.6, std, "sigma of p(x|z), for pixels in [-1, 1], or the word learned"),
+]
+DEFAULTS = {model: {name: row[i] for name, *row in OPTIONS if row[i] is not NONE}
+            for i, model in enumerate(MODELS)}
+CHANGEABLE = ["data", "epochs", "steps", "device", "precision"]  # with --resume; nothing else
 # The test ELBO at the end: the number of images, and the options of the model's `bits_per_dim`.
 EVALUATION = {"ddpm": (256, {"k": 20}), "vae": (10_000, {})}
-ROW = 10  # steps between two rows of metrics.csv
-PICTURES = 20  # times in a run that samples are drawn, at most
-UNSAVED = 300  # seconds of training that a crash may cost
-WARM_UP = 0.05  # of the run
+ROW_EVERY = 10  # steps
+MAX_PICTURES = 20  # times in a run that samples are drawn
+SAVE_EVERY = 300  # seconds
+WARM_UP = 0.05  # share of the run
 EMA_DECAY = 0.9999
 CLIP = 1.0  # norm of the gradient
-# torchrun starts one process, a rank, for each device, and tells it this. The ranks share every
-# batch and only rank 0 writes. Their weights begin equal, and stay so: all take the same gradient.
+# torchrun starts one process (rank) per device and sets these variables. The ranks share every
+# batch; their weights begin equal and stay so, since all take the same gradient. Rank 0 writes.
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
@@ -72,7 +96,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     images, test: uint8 (N, C, H, W). Raises OSError if a file can't be written, and
     FloatingPointError before a row or a checkpoint would hold a nan or inf.
     """
-    # β₂ = 0.99, not the usual 0.999, which averages over 1,000 steps: too many in a run of 2,000.
+    # β₂ = 0.99: the usual 0.999 averages over 1,000 steps, too slow for runs of a few thousand.
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).eval()
     step = 0
@@ -94,7 +118,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     @cuda_graph
     def backward(x: Tensor) -> Tensor:
         """The loss of a batch; its gradient goes into `gradient`."""
-        with cast:  # here: autocast casts the weights anew each time it is entered
+        with cast:  # entered here, it casts the weights anew at every step
             loss = model(x)  # DDPM.loss or VAE.loss
         parts = torch.autograd.grad(loss, weights)
         torch.cat([part.flatten() for part in parts], out=gradient)
@@ -102,28 +126,30 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
 
     with log.bar, caught_signals() as signals:
         log.checkpoint(step, model, ema, optimizer)  # so that --resume always finds one
-        stop = 0  # or the number of a signal
-        while step < log.total and not stop:
-            loss = backward(next_batch(images, config, step, device))
+        signum = 0
+        while step < log.total and not signum:
+            epoch, i = divmod(step, log.steps_per_epoch)
+            torch.manual_seed(hash((config["seed"], epoch, i * RANKS + RANK)))
+            loss = backward(next_batch(images, config, epoch, i, device))
             if RANKS > 1:
                 distributed.all_reduce(gradient.div_(RANKS))
             nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.param_groups[0]["lr"] = lr = config["lr"] * lr_share(step, log.total)
             optimizer.step()
             step += 1
-            average = get_ema_multi_avg_fn(ema_decay(step))
-            average(list(ema.parameters()), weights, 0)  # the 0 is not used
+            average = get_ema_multi_avg_fn(ema_decay(step))  # ema ← d · ema + (1 − d) · weights
+            average(list(ema.parameters()), weights, 0)  # the 0 has no effect
 
             log.add(loss)
-            draw = step % log.interval == 0 or step == log.total
-            if step % ROW == 0 or step == log.total:
+            picture_due = step % log.interval == 0 or step == log.total
+            if step % ROW_EVERY == 0 or step == log.total:
                 log.row(step, lr)
-            if draw:
+            if picture_due:
                 log.pictures(step, ema, to_float(test[:32], device), cast)
-            stop = signal_of_any_rank(signals)
-            if draw or stop or time.perf_counter() - log.saved > UNSAVED:
+            signum = signal_of_any_rank(signals)
+            if picture_due or signum or time.perf_counter() - log.saved > SAVE_EVERY:
                 log.checkpoint(step, model, ema, optimizer)
-    return ema, step, log.total, stop
+    return ema, step, log.total, signum
 
 
 # ------------------------------------------------------------------------------ for the loop
@@ -135,22 +161,20 @@ def lr_share(step: int, total: int) -> float:
 
 
 def ema_decay(step: int) -> float:
-    """The decay of the EMA, the moving average of the weights, which jitter around it from step to
-    step: samples are drawn with the average (as in arXiv 2006.11239). Up to step 100,000 it reaches
-    back over a tenth of the run so far, and so soon forgets the random start."""
+    """The moving average, less noisy than the weights, is what samples are drawn with (as in arXiv
+    2006.11239). Until step 100,000 it spans about the last tenth of the run, so that the random
+    start is soon forgotten."""
     return min(EMA_DECAY, step / (step + 10))
 
 
-def next_batch(images: Tensor, config: dict, step: int, device: torch.device) -> Tensor:
-    """This rank's share of the step's batch, in [-1, 1], on the device. Also seeds the step.
+def next_batch(images: Tensor, config: dict, epoch: int, i: int, device: torch.device) -> Tensor:
+    """This rank's share of the epoch's i-th batch, in [-1, 1], on the device.
 
-    Every random number is a function of the seed and of where in the run it is drawn: a resumed
-    run draws what the uninterrupted one would have drawn.
+    The order, and the seed of a step, are functions of --seed and of where in the run they are
+    used: a resumed run draws what the uninterrupted one would have drawn.
     """
-    seed, batch_size = config["seed"], config["batch_size"]
-    epoch, i = divmod(step, len(images) // batch_size)
-    torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))  # integers hash alike everywhere
-    order = shuffled(len(images), hash((seed, epoch)), images.device)
+    batch_size = config["batch_size"]
+    order = shuffled(len(images), hash((config["seed"], epoch)), images.device)
     share = order[i * batch_size:(i + 1) * batch_size].chunk(RANKS)[RANK]
     return to_float(images[share], device)
 
@@ -161,21 +185,17 @@ def shuffled(n: int, seed: int, device: torch.device) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """0..255 to [-1, 1], on the device."""
-    return images.to(device, non_blocking=device.type == "cuda").float() / 127.5 - 1
-
-
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are added to. The same signal once more stops at once."""
-    signals = []
+    """Collects SIGINT and SIGTERM in a list; the same signal again kills the process."""
+    signals, before = [], {}
 
     def on_signal(signum, frame):
         signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.suppress(ValueError):  # only the main thread can catch signals
+        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
     finally:
@@ -183,8 +203,7 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-# Global, so that it outlives the process group. Up to torch 2.7 the end of a group waits for gloo's
-# threads and holds Python's lock (GIL), which a thread needs to free the tensor it reduced last.
+# A global: up to torch 2.7 a tensor freed while the process group shuts down can deadlock it.
 SIGNAL = torch.zeros((), dtype=torch.long)
 
 
@@ -211,7 +230,7 @@ class Log:
         self.steps_per_epoch = config["images"] // self.batch_size
         # Pictures are drawn every so many steps: after an epoch, or after several.
         self.interval = self.steps_per_epoch * math.ceil(
-            self.total / self.steps_per_epoch / PICTURES)
+            self.total / self.steps_per_epoch / MAX_PICTURES)
         self.start = time.perf_counter() - seconds
         if state and RANK == 0:  # a finished run that goes on gets a higher rate again
             print(f"on from step {step:,} of {self.total:,}, at a learning rate of "
@@ -223,10 +242,7 @@ class Log:
 
     def add(self, loss: Tensor):
         self.losses.append(loss)
-        try:
-            self.bar.update(self.batch_size)
-        except BrokenPipeError:  # Ctrl-C also ends the tee of `2>&1 | tee log`; save first
-            self.bar.disable = True
+        self.bar.update(self.batch_size)
 
     def row(self, step: int, lr: float):
         """The mean loss since the last row, beside this step's learning rate."""
@@ -252,8 +268,8 @@ class Log:
 
     def checkpoint(self, step: int, model: nn.Module, ema: nn.Module,
                    optimizer: torch.optim.Optimizer):
-        """What --resume and sample.py need. The loss may still be finite where its gradient, and
-        with it the weights, no longer are: they must not replace good ones."""
+        """What --resume and sample.py need. Never saves a nan: a finite loss can have a gradient
+        that is not."""
         check_finite(step, *model.parameters())
         self.saved = time.perf_counter()
         if RANK == 0:
@@ -267,7 +283,7 @@ def check_finite(step: int, *values: Tensor):
     """FloatingPointError for a nan or inf. Here the host waits for the device."""
     if not torch.stack([value.isfinite().all() for value in values]).all():
         raise FloatingPointError(f"step {step:,}: the loss or a weight is nan or inf; a new run "
-                                 "with a lower --lr, or --precision fp32, may help")
+                                 "with a lower --lr may help")
 
 
 def trim(path: Path, step: int):
@@ -280,8 +296,8 @@ def trim(path: Path, step: int):
 
 @torch.no_grad()
 def draw_pictures(model: nn.Module, x: Tensor, config: dict) -> dict[str, Tensor]:
-    """By name: 64 samples, always from the same noise (of a DDPM in 50 steps of DDIM) and a batch
-    at a time, to fit where training does; for a VAE reconstructions beside the originals x."""
+    """{name: images}. 64 samples from fixed noise, a batch at a time (DDPM: 50 steps of DDIM); for
+    a VAE also x, each beside its reconstruction."""
     torch.manual_seed(config["seed"])
     noise = draw_noise(config, 64).to(x.device).split(config["batch_size"] // RANKS)
     if config["model"] == "ddpm":
@@ -307,17 +323,19 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int, device: torch.de
 def read_idx(path: Path) -> Tensor:
     """An IDX file of bytes, gzipped or not, as a uint8 tensor. OSError or ValueError otherwise."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            # Two zero bytes, 8 for uint8, the number of dimensions; then each dimension's size.
-            magic, ndim = struct.unpack(">3sB", file.read(4))
-            shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
-            data = bytearray(file.read())
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":  # gzip, whatever the file is called
+            data = gzip.decompress(data)
+        # Two zero bytes, 8 for uint8, the number of dimensions; then each dimension's size.
+        magic, ndim = struct.unpack_from(">3sB", data)
+        shape = struct.unpack_from(f">{ndim}I", data, 4)
+        pixels = bytearray(data[4 + 4 * ndim:])
     except (EOFError, gzip.BadGzipFile, zlib.error, struct.error) as error:
         raise ValueError(f"{path}: not an IDX file, or a damaged one ({error})") from error
-    if magic != b"\0\0\x08" or len(data) != math.prod(shape) or not data:
+    if magic != b"\0\0\x08" or len(pixels) != math.prod(shape) or not pixels:
         raise ValueError(f"{path}: not an IDX file of bytes, or a damaged one: the header says "
-                         f"{shape}, and {len(data)} bytes follow")
-    return torch.frombuffer(data, dtype=torch.uint8).view(shape)
+                         f"{shape}, and {len(pixels)} bytes follow")
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(shape)
 
 
 def load_images(data: Path) -> tuple[Tensor, Tensor]:
@@ -364,54 +382,28 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     """The parser, and the options that were given, by name."""
     parser = Parser(prog="train.py", description="Train a model of the tutorial on images.",
                     argument_default=argparse.SUPPRESS)
-
-    def add(name: str, help: str, group=parser, **kwargs):
-        key = name[2:].replace("-", "_")
-        defaults = {model: options[key] for model, options in DEFAULTS.items() if key in options}
-        for model, value in defaults.items():
-            text = (" ".join(map(str, value)) or "none") if isinstance(value, list) else value
-            help += f"; {text} for {model}"
-        group.add_argument(name, help=help, **kwargs)
-
-    def std(text: str) -> float | str:
-        return text if text == "learned" else number(float, 1e-6, 1e6)(text)
-
-    count = number(int, 1)
-    add("--model", "what to train", choices=list(DEFAULTS), required=True)
-    add("--data", "folder of IDX files, named and gzipped (or not) as MNIST's, or a .pt file of a "
-        "uint8 tensor (N, C, H, W); the MNIST beside this file")
-    add("--out", "folder for the results; runs/<model>", type=Path)
+    add = parser.add_argument
+    add("--model", help="what to train", choices=MODELS, required=True)
+    add("--out", help="folder for the results; default: runs/<model>", type=Path)
+    add("--resume", help="go on with the run in --out", action="store_true")
     length = parser.add_mutually_exclusive_group()
-    add("--epochs", "passes over the data", length, type=count)
-    add("--steps", "optimiser steps, instead of --epochs", length, type=count)
-    add("--batch-size", "images in a step, of all devices together", type=count)
-    add("--lr", "peak learning rate", type=number(float, 1e-9, 1))
-    add("--seed", "of every random number", type=number(int, 0, 2**63 - 1))
-    add("--device", "cpu, cuda, cuda:N, mps or auto, the default: CUDA where there is one")
-    add("--precision", "auto, the default, is bf16 autocast on hardware that has bf16",
-        choices=["auto", "fp32", "bf16"])
-    add("--resume", "go on with the run in --out", action="store_true")
-    add("--timesteps", "length T of the chain", type=number(int, 2, 10**6))
-    add("--schedule", "of alpha_t", choices=list(SCHEDULES))
-    add("--predict", "what the U-Net predicts", choices=["noise", "image"])
-    add("--channels", "width of the network's first layer", type=count)
-    add("--multipliers", "width of each level over --channels", type=count, nargs="+", metavar="M")
-    add("--blocks", "residual blocks a level", type=count)
-    add("--attention", "levels with attention (0 is full resolution), beside the middle",
-        nargs="*", metavar="LEVEL", type=number(int, 0))
-    add("--dropout", "in the residual blocks", type=number(float, 0, 0.999))
-    add("--fourier", "the network also sees sin and cos of 2^n pi x for each n", nargs="*",
-        metavar="n", type=number(int, 0, 8))
-    add("--latent-dim", "length of z", type=count)
-    add("--decoder-std", "sigma of p(x|z), for pixels in [-1, 1], or the word learned", type=std)
+    for name, *defaults, values, text in OPTIONS:
+        for model, value in zip(MODELS, defaults):
+            if value not in (None, NONE):
+                shown = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
+                text += f"; {shown} for {model}"
+        group = length if name in ("epochs", "steps") else parser
+        group.add_argument(f"--{name.replace('_', '-')}", help=text,
+                           nargs="*" if isinstance(defaults[0], list) else None,
+                           **{"choices" if isinstance(values, list) else "type": values})
     return parser, vars(parser.parse_args(argv))
 
 
 def configure(options: dict, saved: dict | None) -> dict:
     """What defines a run and is kept in its checkpoint: these options over the model's defaults, or
     over those of the saved run, of which only some may change. Raises ValueError."""
-    defaults = {"model": options["model"], **CHANGEABLE, **DEFAULTS[options["model"]]}
-    for name, value in {"model": options["model"], **options}.items():  # which decides the others
+    defaults = {"model": options["model"], **DEFAULTS[options["model"]]}
+    for name, value in {"model": options["model"], **options}.items():  # the model decides the rest
         flag = f"--{name.replace('_', '-')}"
         if name not in defaults:
             raise ValueError(f"{flag} is not an option of --model {options['model']}")
@@ -427,8 +419,8 @@ def configure(options: dict, saved: dict | None) -> dict:
 
 
 def prepare(options: dict) -> tuple:
-    """The arguments of `train`. All that can be refused is refused here, by ValueError or OSError,
-    before a file changes."""
+    """Checks everything before any file changes; returns `train`'s arguments. Raises ValueError or
+    OSError."""
     out, resume = options.pop("out", Path("runs", options["model"])), options.pop("resume", False)
     if not out.name:
         raise ValueError("--out: a folder's name is missing")
@@ -443,14 +435,15 @@ def prepare(options: dict) -> tuple:
     if RANKS > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    images, test = load_images(Path(config["data"]))
+    data = Path(config["data"] or Path(__file__).with_name("data") / "mnist")
+    images, test = load_images(data)
     batch_size = config["batch_size"]
     if batch_size > len(images) or batch_size % RANKS:
         raise ValueError(f"--batch-size {batch_size}: must be at most {len(images)}, the images in "
-                         f"{config['data']}, and divisible among {RANKS} processes")
+                         f"{data}, and divisible among {RANKS} processes")
     shape = {"images": len(images), "image_shape": list(images.shape[1:])}
     if state and config != {**config, **shape}:
-        raise ValueError(f"--data {config['data']}: {len(images)} images {shape['image_shape']}, "
+        raise ValueError(f"--data {data}: {len(images)} images {shape['image_shape']}, "
                          f"but this run began with {config['images']} of {config['image_shape']}")
     config.update(shape)
     if state and state["step"] > total_steps(config):
@@ -459,7 +452,7 @@ def prepare(options: dict) -> tuple:
     torch.manual_seed(config["seed"])
     model = build_model(config).to(device)
     with torch.no_grad():
-        model(to_float(images[:1], device))  # raises if H or W does not divide
+        model(to_float(images[:1], device))  # a trial: raises if these images do not fit
     if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)  # a batch then never crosses the bus
     if RANK == 0:
@@ -482,16 +475,18 @@ def main(argv: list[str] | None = None):
               f"{'x'.join(map(str, config['image_shape']))}, on {device}"
               + (f" and {RANKS - 1} more" if RANKS > 1 else ""), flush=True)
     try:
-        ema, step, total, stop = train(*arguments)
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        ema, step, total, signum = train(*arguments)
+    except FloatingPointError as error:
+        parser.error(str(error))
+    except (OSError, torch.OutOfMemoryError) as error:
         parser.error(f"{error}; --resume goes on from the last checkpoint, if there is one")
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()
     folder = out.as_posix()
     if " " in folder:
-        folder = f'"{folder}"'  # as a command line wants it, on Windows, too
-    if RANK == 0 and stop:
+        folder = f'"{folder}"'  # quoted for the shell
+    if RANK == 0 and signum:
         launcher = f"torchrun --nproc_per_node={RANKS}" if RANKS > 1 else "python"
         print(f"stopped at step {step:,} of {total:,}; to go on: {launcher} train.py "
               f"--model {config['model']} --out {folder} --resume")
@@ -501,15 +496,11 @@ def main(argv: list[str] | None = None):
         bits = evaluate(recorded(ema), test[:n], config["batch_size"] // RANKS, device, evaluation)
         nats = bits * math.log(2) * math.prod(config["image_shape"])
         print(f"test ELBO {-nats:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
-              + "".join(f", {name} = {value}" for name, value in evaluation.items())
+              + "".join(f", {k} random t each" for k in evaluation.values())
               + f"); to sample: python sample.py --checkpoint {folder}/checkpoint.pt")
-    if stop:
-        sys.exit(128 + stop)
+    if signum:
+        sys.exit(128 + signum)
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    try:
-        main()
-    except KeyboardInterrupt:  # before or after the training, which catches it
-        sys.exit(130)
+    run(main)

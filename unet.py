@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The denoiser, x̂_θ(x_t) of §2.4 or ε̂_θ(x_t) of §2.5 in version 3, January 2025, of the tutorial
-(arXiv 2403.18103), as it is trained; with `alphas` ε̂_θ only.
+"""The network of section 2: x̂_θ(x_t) in §2.4, ε̂_θ(x_t) in §2.5 (arXiv 2403.18103, version 3).
 
-The tutorial leaves the network open: anything that maps a noisy image x_t and its time t to an
-image of the same shape will do. This is the U-Net of "Denoising Diffusion Probabilistic Models"
+The tutorial leaves it open: anything that maps a noisy image x_t and its time t to an image of the
+same shape will do. `UNet` is that of "Denoising Diffusion Probabilistic Models"
 (arXiv 2006.11239), drawn for multipliers = (1, 2, 4):
 
     x_t ─ stem ─ level 0 ──────────── skips ───────────── level 0 ─ head ─ output    H   × W
@@ -12,8 +11,11 @@ image of the same shape will do. This is the U-Net of "Denoising Diffusion Proba
                                       └── middle ──┘
 
 Every level is `blocks` residual blocks on the way down and `blocks` + 1 on the way up; each block
-on the way up also reads one output of the way down (the skips). All of them are told the time t.
-The middle attends to the whole image, and so do the levels named in `attention`.
+on the way up also reads one output of the way down (the skips). Every block also receives the time
+t. The middle, and the levels named in `attention`, have self-attention over the whole image.
+
+Below it stands what this repository adds: `Fourier` features of the input, and `NoiseAndImage`, an
+ε̂_θ from two outputs.
 """
 import math
 from collections.abc import Sequence
@@ -21,8 +23,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-KAPPA = 8.0  # the κ of `UNet.combine`
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
@@ -37,29 +37,34 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def fourier_features(x: Tensor, exponents: Sequence[int]) -> Tensor:
-    """x beside sin(2ⁿπx) and cos(2ⁿπx), for N exponents n: (B, C, H, W) -> (B, (1 + 2N) C, H, W).
-
-    At t = 1 the network has to see noise of standard deviation 0.002 on pixels in [-1, 1]. sin and
-    cos together vary with x at the rate 2ⁿπ, 100 for n = 5, at every x ("Variational Diffusion
-    Models", arXiv 2107.00630), and they are computed in x's own precision, whereas bfloat16 rounds
-    an x near −1 to steps of 0.004 or more.
-    """
-    waves = [wave(2**n * math.pi * x) for n in exponents for wave in (torch.sin, torch.cos)]
-    return torch.cat([x, *waves], dim=1)
-
-
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as in arXiv 2006.11239, or 16, 8, …: as many as have a multiple of 4 channels."""
+    """32 groups as in arXiv 2006.11239, or fewer (16, 8, …), so that each has a multiple of 4
+    channels."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """Weights and bias start at 0: of a residual branch's last layer, so that a fresh block is its
-    shortcut alone, and of the head, so that a fresh network's output is 0."""
+    """Zero weights and bias. For the last layer of a residual branch: a fresh block is its
+    shortcut. For the head: a fresh network's output is 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+class Attention(nn.Module):
+    """x + single-head self-attention over all H·W positions: (B, c, H, W) -> (B, c, H, W)."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm, self.qkv = group_norm(c), nn.Conv2d(c, 3 * c, 1)
+        self.out = zero_init(nn.Conv2d(c, c, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # (B, H·W, 3c), its last dimension contiguous: torch's fused kernels ask for that.
+        tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
+        q, k, v = tokens[:, None].chunk(3, dim=-1)  # one head: (B, 1, H·W, c) each
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.out(h.transpose(1, 2).reshape(x.shape))
 
 
 class ResidualBlock(nn.Module):
@@ -84,50 +89,28 @@ class ResidualBlock(nn.Module):
         return self.attention(self.shortcut(x) + h)
 
 
-class Attention(nn.Module):
-    """x + single-head self-attention over all H·W positions: (B, c, H, W) -> (B, c, H, W)."""
-
-    def __init__(self, c: int):
-        super().__init__()
-        self.norm, self.qkv = group_norm(c), nn.Conv2d(c, 3 * c, 1)
-        self.out = zero_init(nn.Conv2d(c, c, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # (B, H·W, 3c), its last dimension contiguous: torch's fused kernels ask for that.
-        tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
-        q, k, v = tokens[:, None].chunk(3, dim=-1)  # one head: (B, 1, H·W, c) each
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + self.out(h.transpose(1, 2).reshape(x.shape))
-
-
 class UNet(nn.Module):
-    """x̂_θ or ε̂_θ: x_t (B, C, H, W) and t (B,) -> (B, C, H, W).
+    """x_t (B, in_channels, H, W) and t (B,) -> (B, out_channels, H, W).
 
     H and W must be divisible by 2^(levels − 1), where levels = len(multipliers).
 
     Args:
-        image_channels: C.
         channels: width of the stem, a multiple of 4.
         multipliers: level i is channels · multipliers[i] wide and has 1/2^i of the resolution.
         blocks: residual blocks a level on the way down (one more on the way up).
-        attention: the levels whose blocks end in self-attention, which costs (H·W)² at each; that
-            of the middle's first block is always there.
+        attention: levels whose blocks end in self-attention, at a cost of (H·W)²; the middle always
+            has it.
         dropout: probability inside the residual blocks.
-        fourier: the n of `fourier_features`, whole numbers.
-        alphas: α_1, …, α_T of the chain, for an ε̂_θ that is put together from a noise and an image
-            (see `combine`). Without them the output is the head's, as in arXiv 2006.11239.
 
-    UNet(3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1) is the
+    UNet(3, 3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1) is the
     CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters.
 
-    Raises ValueError for a configuration that makes no network and for an H or W that does not
-    divide.
+    Raises ValueError for a configuration that makes no network, and for another shape of x_t.
     """
 
-    def __init__(self, image_channels: int = 1, channels: int = 16,
+    def __init__(self, in_channels: int = 1, out_channels: int = 1, channels: int = 16,
                  multipliers: Sequence[int] = (1, 2, 4), blocks: int = 1,
-                 attention: Sequence[int] = (), dropout: float = 0.0,
-                 fourier: Sequence[int] = (), alphas: Tensor | None = None):
+                 attention: Sequence[int] = (), dropout: float = 0.0):
         super().__init__()
         if channels < 4 or channels % 4:
             raise ValueError(f"channels must be a positive multiple of 4, got {channels}")
@@ -137,8 +120,7 @@ class UNet(nn.Module):
         if not set(attention) <= set(range(len(multipliers))):
             raise ValueError(f"attention must name levels from 0 to {len(multipliers) - 1}, "
                              f"got {attention}")
-        self.channels, self.fourier = channels, fourier
-        self.stride = 2 ** (len(multipliers) - 1)
+        self.channels, self.stride = channels, 2 ** (len(multipliers) - 1)
 
         c_time = 4 * channels
         self.time = nn.Sequential(
@@ -147,7 +129,7 @@ class UNet(nn.Module):
         def block(c_in: int, c_out: int, attend: bool) -> ResidualBlock:
             return ResidualBlock(c_in, c_out, c_time, dropout, attend)
 
-        self.stem = nn.Conv2d(image_channels * (1 + 2 * len(fourier)), channels, 3, padding=1)
+        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         levels = [(channels * m, level in attention) for level, m in enumerate(multipliers)]
         skips = [c := channels]  # the widths of what the way up will read
         self.down = nn.ModuleList()
@@ -169,20 +151,15 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
                                              nn.Conv2d(c, c, 3, padding=1)))
-        self.register_buffer("alpha_bar", None, persistent=False)
-        if alphas is not None:  # (T + 1,). Where float32 rounds 1 − ᾱ_t its weight is next to 0
-            self.alpha_bar = F.pad(alphas.double().cumprod(0), (1, 0), value=1.0).float()
-        outputs = image_channels * (1 if alphas is None else 2)
         self.head = nn.Sequential(
-            group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, outputs, 3, padding=1)))
+            group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, out_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        if x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise ValueError(f"images of {x.shape[2]}×{x.shape[3]} pixels: height and width must "
-                             f"be divisible by {self.stride}")
+        if x.ndim != 4 or x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise ValueError(f"images must be (B, C, H, W), with an H and W divisible by "
+                             f"{self.stride}, got {tuple(x.shape)}")
         time = self.time(time_embedding(t, self.channels).to(x.dtype))
-        h = self.stem(fourier_features(x, self.fourier))
-        skips = [h]
+        skips = [h := self.stem(x)]
         for layer in self.down:
             h = layer(h, time) if isinstance(layer, ResidualBlock) else layer(h)
             skips.append(h)
@@ -193,20 +170,58 @@ class UNet(nn.Module):
                 h = layer(torch.cat([h, skips.pop()], dim=1), time)
             else:
                 h = layer(h)
-        output = self.head(h)
-        return output if self.alpha_bar is None else self.combine(output, x, t)
+        return self.head(h)
 
-    def combine(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """ε̂_θ = [κ ᾱ_t ε̂ + √(1 − ᾱ_t) (x_t − √ᾱ_t x̂)] / (κ ᾱ_t + 1 − ᾱ_t)
 
-        where ε̂ and x̂ are the output's halves: the mean of two estimates of ε, of ε̂ with the
-        weight κ ᾱ_t and of the noise between x̂ and x_t with the weight 1 − ᾱ_t. In almost pure
-        noise ε̂_θ is x_t but for a few per cent, and those few per cent are the picture: bfloat16
-        rounds them away. With this the network has only to say there what x̂ is. κ = 1 would be a
-        network for the velocity (arXiv 2202.00512), and costs likelihood at small t; 8 was found by
-        trial. The two outputs are from "Dynamic Dual-Output Diffusion Models" (arXiv 2203.04304).
-        """
-        noise_hat, x0_hat = output.to(x.dtype).chunk(2, dim=1)
+# -------------------------------------------------- what this repository adds
+
+
+class Fourier(nn.Module):
+    """A network that sees x_t beside its Fourier features sin(2ⁿπx_t) and cos(2ⁿπx_t), for N
+    exponents n: (1 + 2N) C input channels.
+
+    At t = 1 of `cauchy_alphas` the noise has standard deviation 0.002, less than bfloat16 can
+    resolve near ±1 (steps of 0.004). The features, computed in x_t's own precision, change 2ⁿπ
+    times as fast as x_t: 100 times for n = 5 ("Variational Diffusion Models", arXiv 2107.00630).
+    """
+
+    def __init__(self, network: nn.Module, exponents: Sequence[int]):
+        super().__init__()
+        self.network, self.exponents = network, exponents
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if x_t.ndim != 4:
+            raise ValueError(f"images must be (B, C, H, W), got {tuple(x_t.shape)}")
+        angles = [2**n * math.pi * x_t for n in self.exponents]
+        waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+        return self.network(torch.cat([x_t, *waves], dim=1), t)
+
+
+class NoiseAndImage(nn.Module):
+    """ε̂_θ from a network of two outputs, ε̂ and x̂, (B, C, H, W) -> (B, 2C, H, W):
+
+        ε̂_θ = [κ ᾱ_t ε̂ + √(1 − ᾱ_t) (x_t − √ᾱ_t x̂)] / (κ ᾱ_t + 1 − ᾱ_t)
+
+    the mean of two estimates of ε, of ε̂ with the weight κ ᾱ_t and of the noise between x̂ and x_t
+    with the weight 1 − ᾱ_t. In almost pure noise ε differs from x_t by a few per cent, which are
+    the picture, and which bfloat16 rounds away. There the network only has to give x̂, and x_t is
+    used in full precision. κ = 1 would be a network for the velocity (arXiv 2202.00512), and costs
+    likelihood at small t; 8 was found by trial. The two outputs are from "Dynamic Dual-Output
+    Diffusion Models" (arXiv 2203.04304).
+
+    alphas: α_1, …, α_T, those of the chain, or else ε̂_θ is wrong; `DDPM` refuses others.
+    """
+
+    def __init__(self, network: nn.Module, alphas: Tensor, kappa: float = 8.0):
+        super().__init__()
+        self.network, self.alphas, self.kappa = network, alphas, kappa
+        # (T + 1,). float32 is enough: where it rounds 1 − ᾱ_t, that weight is almost 0.
+        self.register_buffer("alpha_bar", F.pad(alphas.double().cumprod(0), (1, 0), value=1.0)
+                             .float(), persistent=False)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        noise_hat, x0_hat = self.network(x_t, t).to(x_t.dtype).chunk(2, dim=1)
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
-        by_image = (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * x0_hat)
-        return (KAPPA * alpha_bar * noise_hat + by_image) / (KAPPA * alpha_bar + 1 - alpha_bar)
+        by_image = (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * x0_hat)
+        return ((self.kappa * alpha_bar * noise_hat + by_image)
+                / (self.kappa * alpha_bar + 1 - alpha_bar))
