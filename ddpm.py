@@ -22,7 +22,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from numbers import Integral
 
 if __name__ == "__main__":  # torch can do without NumPy, and so can this file
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -39,11 +38,11 @@ class DDPM(nn.Module):
     Args:
         denoiser: called as denoiser(x_t, t) with integers t, (B,), in 1..T; returns x_t's shape.
             If it has `alphas`, they must be these.
-        alphas: α_1, …, α_T, T ≥ 2, each between 0 and 1; their product ᾱ_T is below 0.1.
+        alphas: α_1, …, α_T, T ≥ 2, each between 0 and 1; their product is below 0.1.
         predict: what the network outputs, the "noise" ε̂_θ(x_t) (§2.5) or "image" x̂_θ(x_t) (§2.4).
         clip: whether x̂_θ is clipped to [-1, 1], the range of images, as in the code of arXiv
-            2006.11239: at large t an error of ε̂_θ is divided by a small √ᾱ_t, and one x̂_θ out of
-            range spoils every later step. False for points or latents.
+            2006.11239. At large t it divides the error of ε̂_θ by a small √ᾱ_t, and one value out
+            of range would spoil every later step. False for points or latents.
 
     Images are float tensors (B, C, H, W) in [-1, 1]. A time t is an int, or (B,) integers, in 1..T.
     A Gaussian is the pair (mean, variance), where the variance is one number or (B, 1, …, 1). Bad
@@ -61,12 +60,13 @@ class DDPM(nn.Module):
             raise ValueError("the denoiser was made for other alphas")
         self.denoiser, self.T, self.predict, self.clip = denoiser, len(alphas), predict, clip
         # Tables, indexed by t: α_0 = ᾱ_0 = 1. They stay float64 on the CPU, and `at` rounds only
-        # the finished coefficient: in float32 1 − ᾱ_1 of `linear_alphas` has three right digits.
+        # the finished coefficient. In float32 1 − ᾱ_1 of `linear_alphas` has three right digits.
         self.alpha = F.pad(alphas.detach().to("cpu", torch.float64), (1, 0), value=1.0)
         self.alpha_bar = self.alpha.cumprod(0)  # ᾱ_t = α_1 α_2 … α_t
         self.alpha_bar_prev = F.pad(self.alpha_bar[:-1], (1, 0), value=1.0)  # ᾱ_{t−1}
+        # σ_q²(t), (2.32)
         self.variance_q = (1 - self.alpha) * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
-        # √ᾱ_t and √(1 − ᾱ_t) once more, for `loss`, in float32 (all that mps has) on the device.
+        # √ᾱ_t and √(1 − ᾱ_t) once more, for `loss`, on the device (mps has no float64).
         self.register_buffer("roots", torch.stack(
             [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()]).float(), persistent=False)
         if not 1e-50 < self.alpha_bar[-1] < 0.1:
@@ -76,10 +76,14 @@ class DDPM(nn.Module):
 
     def at(self, t: int | Tensor, x: Tensor, *tables: Tensor) -> list[Tensor]:
         """The tables at t, in x's precision and on its device: () for an int, else (B, 1, …, 1)."""
-        t = checked(t, x, self.T)
+        refuse_bytes(x)
+        t = torch.as_tensor(t, device="cpu")
+        if (t.is_floating_point() or t.shape not in ((), x.shape[:1])
+                or not ((1 <= t) & (t <= self.T)).all()):
+            raise ValueError(f"t must be in 1..{self.T}, one integer or {len(x)}, got {t}")
         if t.ndim == 0:  # new_full copies nothing to the device, which could make the host wait
             return [x.new_full((), table[t].item()) for table in tables]
-        t = t.view(-1, *[1] * (x.ndim - 1))
+        t = t.long().view(-1, *[1] * (x.ndim - 1))
         return [table[t].to(x.device, x.dtype, non_blocking=x.is_cuda) for table in tables]
 
     # -------------------------------------------------- §2.1 Building Blocks: q(x_t | …)
@@ -87,8 +91,8 @@ class DDPM(nn.Module):
     def q_transition(self, x_prev: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """q(x_t | x_{t−1}) = N(x_t | √α_t x_{t−1}, (1 − α_t) I)    Def. 2.1, (2.1)
 
-        Thm 2.1: x_t = a x_{t−1} + b ε tends to variance 1 exactly if b = √(1 − a²). Hence "the
-        magical scalars" √α_t and 1 − α_t.
+        Thm 2.1: the variance of x_t = a x_{t−1} + b ε tends to 1 if and only if b = √(1 − a²).
+        Hence "the magical scalars" √α_t and 1 − α_t.
         """
         scale, variance = self.at(t, x_prev, self.alpha.sqrt(), 1 - self.alpha)
         return scale * x_prev, variance
@@ -118,34 +122,31 @@ class DDPM(nn.Module):
             consistency      Σ_{t=2..T} E KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)),
                                                                               x_t ~ q(x_t | x_0)
 
-        Thm 2.3, the first form, compares two arrows that meet in x_t, and as printed it is not
-        (2.17): see the README. Here Bayes' rule (2.20) has reversed the first arrow, and each term
-        needs only one random state. Every expectation is estimated from one sample; with k, so is
-        the sum, without bias, from k random t for each image.
+        Thm 2.3, the first form, compares the two arrows into x_t. As printed it is not (2.17): see
+        `theorem_2_3`. Here Bayes' rule (2.20) has reversed the first arrow, and each term needs
+        only one random state. Every expectation is estimated from one sample. With k, the sum over
+        t is estimated, too, without bias, from k random t for each image.
         """
         if x_0.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"x_0 must be float32 or float64, not {x_0.dtype}, in which a sum "
                              "over t loses its digits; a network may use bfloat16 under autocast")
-        if k is not None and (not isinstance(k, Integral) or k < 1):
+        if k is not None and (k < 1 or k % 1):
             raise ValueError(f"k must be a whole number from 1, got {k}")
 
-        def q_draw(t: int | Tensor) -> Tensor:
-            return self.q_sample(x_0, t, torch.randn_like(x_0))
-
-        # The initial block. (2.44) makes it the sum's t = 1, which divides by σ_q²(1) = 0: a pixel
-        # that x̂_θ does not hit exactly would be impossible. So p_θ(x_0 | x_1) has the variance
-        # σ_q²(2) here, and a pixel has the probability of its bin.
+        # The initial block. In (2.44) it is the sum's term t = 1, which divides by σ_q²(1) = 0: any
+        # pixel that x̂_θ does not hit exactly would be impossible. So p_θ(x_0 | x_1) has the
+        # variance σ_q²(2) here, and a pixel has the probability of its bin.
         std, = self.at(2, x_0, self.variance_q.sqrt())
-        mean, _ = self.p_transition(q_draw(1), 1)
+        mean, _ = self.p_transition(self.q_sample(x_0, 1, torch.randn_like(x_0)), 1)
         reconstruction = log_pixel_mass(x_0, mean, std)
 
         # The final block: Thm 1.3 for q(x_T | x_0) and N(0, I).
         mean, variance = self.q_marginal(x_0, self.T)
         prior_matching = 0.5 * (variance - 1 + mean**2 - variance.log())
 
-        # All t, each with weight 1; or k random t for each image, drawn with probability p in
-        # proportion to a term's mean for x_0 ~ N(0, I), ½ [(1 − ᾱ_t) / (1 − ᾱ_{t−1}) − 1], and
-        # weighted by 1 / (k p).
+        # All t, each with weight 1; or k random t for each image, each weighted by 1 / (k p), where
+        # its probability p is in proportion to what its term would be on average for x_0 ~ N(0, I)
+        # and the best denoiser, ½ [(1 − ᾱ_t) / (1 − ᾱ_{t−1}) − 1].
         times, weights = torch.arange(2, self.T + 1), torch.ones(self.T + 1)
         if k is not None:
             p = F.pad((1 - self.alpha_bar[2:]) / (1 - self.alpha_bar[1:-1]) - 1, (2, 0))
@@ -156,9 +157,9 @@ class DDPM(nn.Module):
         # ‖μ_q − μ_θ‖² / 2σ_q²(t), (2.37). In x_0 and x̂_θ it is (2.43).
         consistency = torch.zeros_like(x_0)
         for t in times:  # one t for all images, or (B,)
-            x_t = q_draw(t)
-            (mu_q, variance), (mu_theta, _) = (self.q_posterior(x_t, x_0, t),
-                                               self.p_transition(x_t, t))
+            x_t = self.q_sample(x_0, t, torch.randn_like(x_0))
+            mu_q, variance = self.q_posterior(x_t, x_0, t)
+            mu_theta, _ = self.p_transition(x_t, t)
             weight, = self.at(t, x_0, weights)
             consistency += weight * (mu_q - mu_theta)**2 / (2 * variance)
         terms = {"reconstruction": reconstruction, "prior_matching": prior_matching,
@@ -194,50 +195,36 @@ class DDPM(nn.Module):
 
     # -------------------------------------------------- §2.4 Training and Inference
 
-    def output(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's output for t, (B,) on x_t's device, in x_t's precision even under autocast.
-        """
-        output = self.denoiser(x_t, t)
-        if output.shape != x_t.shape:
-            raise ValueError(f"the denoiser made {tuple(output.shape)} of {tuple(x_t.shape)}")
-        return output.to(x_t.dtype)
-
-    def output_at(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The network's output for any time t."""
-        t = checked(t, x_t, self.T)
-        return self.output(x_t, x_t.new_full(x_t.shape[:1], t.item(), dtype=torch.long)
-                           if t.ndim == 0 else t.to(x_t.device, non_blocking=x_t.is_cuda))
-
     def predict_x0(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """x̂_θ(x_t), clipped if `clip`. From ε̂_θ it is (2.11) solved for x_0:
         (x_t − √(1 − ᾱ_t) ε̂_θ(x_t)) / √ᾱ_t."""
-        output = self.output_at(x_t, t)
+        root, std = self.at(t, x_t, self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
+        output = self.output(x_t, t)
         if self.predict == "noise":
-            root, std = self.at(t, x_t, self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
             output = (x_t - std * output) / root
         return output.clamp(-1, 1) if self.clip else output
 
     def loss(self, x_0: Tensor) -> Tensor:
         """‖x̂_θ(x_t) − x_0‖² (§2.4) or ‖ε̂_θ(x_t) − ε‖² (§2.5): a scalar, a mean over all pixels.
 
-        The boxes "Training Algorithm for DDPM" and "Training DDPM using ε̂_θ", up to the gradient
-        step. (The first prints ᾱ_t x_0 for √ᾱ_t x_0.) In the ELBO each t has a factor of its own,
-        that of (2.43) for x̂_θ. The boxes drop it, which costs some likelihood and gives better
-        pictures (arXiv 2006.11239, section 3.4).
+        The boxes "Training Algorithm for DDPM" (2.47) and "Training DDPM using ε̂_θ", up to the
+        gradient step. (The first prints ᾱ_t x_0 for √ᾱ_t x_0.) In the ELBO each t has a factor of
+        its own, that of (2.43) for x̂_θ. The boxes drop it, which costs some likelihood and gives
+        better pictures (arXiv 2006.11239, section 3.4).
         """
         refuse_bytes(x_0)
-        # t ~ Uniform{1, …, T} for every image; not independent, but at equal strides from a random
-        # first one, so that a batch covers the chain ("Variational Diffusion Models", arXiv
+        # t ~ Uniform{1, …, T} for every image. Within a batch the t are evenly spaced, from a
+        # random one on, so that it covers the chain ("Variational Diffusion Models", arXiv
         # 2107.00630). The host never sees t, and so a CUDA graph can record all of this.
         B, T, device = len(x_0), self.T, x_0.device
         t = 1 + torch.randint(T, (1,), device=device) + torch.arange(B, device=device) * T // B
         t = torch.where(t > T, t - T, t)  # not %, which mps rounds before torch 2.8
         noise = torch.randn_like(x_0)  # ε ~ N(0, I)
         root, std = self.roots.to(x_0)[:, t].view(2, B, *[1] * (x_0.ndim - 1))
-        x_t = root * x_0 + std * noise  # (2.11)
+        x_t = root * x_0 + std * noise  # q_sample, (2.11)
         return F.mse_loss(self.output(x_t, t), noise if self.predict == "noise" else x_0)
 
-    forward = loss  # so that the module itself can be called, as DistributedDataParallel does
+    forward = loss  # so that ddpm(x_0) is the loss
 
     @torch.no_grad()
     def reverse_chain(self, x_T: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -255,16 +242,18 @@ class DDPM(nn.Module):
             yield t - 1, x_t
 
     def sample(self, x_T: Tensor, steps: int | None = None, eta: float = 1.0) -> Tensor:
-        """The last state of `chain`, x_0: new images.
+        """The last state of a chain, x_0: new images.
 
-        x_T ~ N(0, I) is (B, C, H, W) on the network's device. Where the network has dropout, call
-        `eval()` first, and `train()` before training goes on.
+        x_T ~ N(0, I) is (B, …) on the network's device. Without `steps`, and with η = 1, the chain
+        is `reverse_chain`, else `ddim_chain`. Where the network has dropout, call `eval()` first,
+        and `train()` before training goes on.
         """
         for _, x_t in self.chain(x_T, steps, eta):
             pass
         return x_t
 
     # -------------------------------------------------- §2.5 Predicting Noise
+    # Its two boxes are `loss` and `reverse_chain` above, with predict = "noise".
 
     def noise_between(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """ε = (x_t − √ᾱ_t x_0) / √(1 − ᾱ_t), which leads from x_0 to x_t: (2.11) solved for ε"""
@@ -273,7 +262,8 @@ class DDPM(nn.Module):
 
     def predict_noise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """ε̂_θ(x_t). From x̂_θ, not clipped: the noise between it and x_t."""
-        output = self.output_at(x_t, t)
+        self.at(t, x_t)  # refuses a wrong t
+        output = self.output(x_t, t)
         return output if self.predict == "noise" else self.noise_between(output, x_t, t)
 
     # -------------------------------------------------- §2.6 DDIM
@@ -291,11 +281,11 @@ class DDPM(nn.Module):
 
             σ_t² = η² (1 − ᾱ_s) (1 − ᾱ_t / ᾱ_s) / (1 − ᾱ_t),      0 ≤ η ≤ 1
 
-        η = 1 is DDPM in longer steps: σ_t² = σ_q²(t) if s = t − 1, `reverse_chain` if steps = T.
-        With η = 0 only x_T is random. ε̂_θ is the noise between the clipped x̂_θ and x_t. Yields
-        (s, x_s) down to s = 0.
+        η = 1 is DDPM with longer steps: where s = t − 1, σ_t² = σ_q²(t), and so steps = T is
+        `reverse_chain`. With η = 0 only x_T is random. ε̂_θ is the noise between the clipped x̂_θ
+        and x_t. Yields (s, x_s) down to s = 0.
         """
-        if not isinstance(steps, Integral) or not 1 <= steps <= self.T:
+        if steps not in range(1, self.T + 1):
             raise ValueError(f"steps must be a whole number in 1..{self.T}, got {steps}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
@@ -319,6 +309,15 @@ class DDPM(nn.Module):
 
     # -------------------------------------------------- not in the paper
 
+    def output(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The network's output at t, in x_t's precision even under autocast."""
+        if not isinstance(t, Tensor) or t.ndim == 0:
+            t = x_t.new_full(x_t.shape[:1], int(t), dtype=torch.long)
+        output = self.denoiser(x_t, t.to(x_t.device, torch.long, non_blocking=x_t.is_cuda))
+        if output.shape != x_t.shape:
+            raise ValueError(f"the denoiser made {tuple(output.shape)} of {tuple(x_t.shape)}")
+        return output.to(x_t.dtype)
+
     def chain(self, x_T: Tensor, steps: int | None = None,
               eta: float = 1.0) -> Iterator[tuple[int, Tensor]]:
         """`reverse_chain` or, with fewer steps or another η, `ddim_chain`."""
@@ -338,17 +337,8 @@ def refuse_bytes(x: Tensor):
         raise ValueError(f"x must be floats, images in [-1, 1], got {x.dtype}")
 
 
-def checked(t: int | Tensor, x: Tensor, T: int) -> Tensor:
-    """t as an index into the tables, on the CPU: () for an int, else (B,)."""
-    refuse_bytes(x)
-    t = torch.as_tensor(t, device="cpu")
-    if (t.is_floating_point() or t.shape not in ((), x.shape[:1])
-            or not ((1 <= t) & (t <= T)).all()):
-        raise ValueError(f"t must be in 1..{T}, one integer or {len(x)}, got {t}")
-    return t.long()
-
-
-# -------------------------------------------------- not in the paper: α_t, which it leaves open
+# -------------------------------------------------- not in the paper: α_t, which it leaves open,
+# and the bin of an 8-bit pixel
 
 
 def linear_alphas(T: int) -> Tensor:
@@ -356,7 +346,6 @@ def linear_alphas(T: int) -> Tensor:
 
     From 1e-4 to 0.02 for T = 1000, as in arXiv 2006.11239. For other T both ends are scaled by
     1000/T. For every T ≥ 21 the sum Σ (1 − α_t) is 10.05, so ᾱ_T < e⁻¹⁰ and x_T is white noise.
-    (For smaller T values above 0.999 are cut to 0.999.)
     """
     scale = 1000 / T
     return 1 - torch.linspace(1e-4 * scale, 0.02 * scale, T, dtype=torch.float64).clamp(max=0.999)
@@ -376,13 +365,12 @@ def cosine_alphas(T: int) -> Tensor:
 
 
 def cauchy_alphas(T: int) -> Tensor:
-    """α_1, …, α_T as a float64 (T,): log snr(t) runs through the quantiles of a Cauchy
-    distribution.
+    """α_1, …, α_T as a float64 (T,): the log snr(t) are quantiles of a Cauchy distribution.
 
         λ_t = log snr(t) = μ + s tan θ_t,      snr(t) = ᾱ_t / (1 − ᾱ_t),      ᾱ_t = sigmoid(λ_t)
 
     with θ_t evenly spaced, from λ_1 = 12.4 to λ_T = −7.5 ("Improved Noise Schedule for Diffusion
-    Training", arXiv 2407.03297). Where λ_t changes slowly, many t fall: a uniform t trains these
+    Training", arXiv 2407.03297). Many t lie where λ_t changes slowly: a uniform t trains those
     noise levels most, and the chain takes its shortest steps there. More than half of all steps lie
     within s of μ, where the picture takes shape in mostly noise. The heavy tails serve the ELBO:
     steps stay short at small t, and the noise at t = 1 (standard deviation 0.002) is small beside a
@@ -392,17 +380,6 @@ def cauchy_alphas(T: int) -> Tensor:
     first, last = (math.atan((log_snr - mu) / s) for log_snr in (12.4, -7.5))
     alpha_bar = (mu + s * torch.linspace(first, last, T, dtype=torch.float64).tan()).sigmoid()
     return alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1.0)
-
-
-# -------------------------------------------------- not in the paper: the bin of an 8-bit pixel
-
-
-def log_ndtr(x: Tensor) -> Tensor:
-    """log Φ(x), elementwise. Apple's mps has no kernel for it."""
-    try:
-        return torch.special.log_ndtr(x)
-    except NotImplementedError:
-        return torch.special.log_ndtr(x.cpu()).to(x.device)
 
 
 def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -417,16 +394,19 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     # log(Φ(upper) − Φ(lower)). A bin right of the mean is reflected to the left of it: there Φ is
     # small and log Φ keeps its digits, while right of the mean Φ rounds to 1.
     right = lower > 0
-    lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
-    log_lower, log_upper = log_ndtr(lower), log_ndtr(upper)
+    ends = torch.stack([torch.where(right, -upper, lower), torch.where(right, -lower, upper)])
+    try:
+        log_lower, log_upper = torch.special.log_ndtr(ends)
+    except NotImplementedError:  # Apple's mps has no kernel for it
+        log_lower, log_upper = torch.special.log_ndtr(ends.cpu()).to(ends.device)
     return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
 
 
 # -------------------------------------------------- worked examples: python ddpm.py
 # A copy can do without everything below.
 
-# (what, formula, computed): numbers, or draws whose mean is the number. "As printed" marks what the
-# paper prints and the computation does not confirm.
+# (what, formula, computed): each side is a number, or draws whose mean is printed. "As printed"
+# marks what stands in the paper and the computation does not confirm.
 Rows = Iterator[tuple[str, float | Tensor, float | Tensor]]
 
 
@@ -611,13 +591,13 @@ def distance(chain: Iterator, other: Iterator) -> Tensor:
 
 
 def predicting_noise() -> Rows:
-    ddpm, image, x_T, t = exact_ddpm(), exact_ddpm(predict="image"), torch.randn(100).double(), 50
-    alpha, alpha_bar, noise_hat = ddpm.alpha[t], ddpm.alpha_bar[t], ddpm.predict_noise(x_T, t)
-    mean = (x_T - (1 - alpha) / (1 - alpha_bar).sqrt() * noise_hat) / alpha.sqrt()
+    ddpm, image, x, t = exact_ddpm(), exact_ddpm(predict="image"), torch.randn(100).double(), 50
+    alpha, alpha_bar, noise_hat = ddpm.alpha[t], ddpm.alpha_bar[t], ddpm.predict_noise(x, t)
+    mean = (x - (1 - alpha) / (1 - alpha_bar).sqrt() * noise_hat) / alpha.sqrt()
     yield ("(2.52)    0 | largest distance of the means of (2.52) and (2.48), t = 50", 0,
-           (mean - image.p_transition(x_T, t)[0]).abs().max())
+           (mean - image.p_transition(x, t)[0]).abs().max())
     yield ("          0 | largest difference of the chains by ε̂_θ and x̂_θ", 0,
-           distance(ddpm.reverse_chain(x_T), image.reverse_chain(x_T)))
+           distance(ddpm.reverse_chain(x), image.reverse_chain(x)))
 
 
 def theorem_2_8() -> Rows:

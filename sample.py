@@ -34,21 +34,19 @@ from vae import VAE, conv_networks
 BATCH = 256  # images that the network draws at a time
 CHAIN_FRAMES = 60  # of the animation, at most
 STRIP_FRAMES, STRIP_IMAGES = 11, 8  # columns and rows of the film strip
-LATENT_SIDE = 20  # images along each side of the latent grid
+LATENT_SIDE = 12  # images along each side of the latent grid
 FORMAT = 5  # of checkpoints
 
 
 def draw(model: nn.Module, noise: Tensor, steps: int | None, length: int, eta: float,
          keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """z decoded, or the chain run from x_T: uint8 images (n, C, H, W). Also {i: the first batch
-    after i of `length` steps} for i in `keep`, which only a DDPM has."""
+    """z decoded, or the chain run from x_T: uint8 images (n, C, H, W). Of a DDPM also {i: the first
+    batch after i of the `length` steps}, for every i in `keep`."""
     images, film, model = [], {0: to_uint8(noise[:BATCH])}, recorded(model)
     with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
         for x_T in noise.split(BATCH):
-            if isinstance(model, VAE):
-                chain = [(0, model.sample(x_T))]
-            else:
-                chain = model.chain(x_T, steps, eta)
+            chain = ([(0, model.sample(x_T))] if isinstance(model, VAE)
+                     else model.chain(x_T, steps, eta))
             for i, (_, x) in enumerate(chain, start=1):
                 bar.update()
                 if i in keep and not images:  # the first batch
@@ -169,10 +167,7 @@ def main(argv: list[str] | None = None):
     print(f"wrote {', '.join(map(str, files.values()))}, from {args.checkpoint}")
 
 
-# ================================================================== shared with train.py
-
-
-# ------------------------------------------------------------------------ models and checkpoints
+# ================================================= shared with train.py: models and checkpoints
 
 
 SCHEDULES = {"cauchy": cauchy_alphas, "cosine": cosine_alphas, "linear": linear_alphas}
@@ -195,7 +190,8 @@ def build_model(config: dict) -> nn.Module:
 
 
 def draw_noise(config: dict, n: int) -> Tensor:
-    """z ~ N(0, I), (n, d), or x_T ~ N(0, I), (n, C, H, W): on the CPU, so the same everywhere."""
+    """z ~ N(0, I), (n, d), or x_T ~ N(0, I), (n, C, H, W): on the CPU, so the same on all devices.
+    """
     return torch.randn(n, *([config["latent_dim"]] if config["model"] == "vae" else
                             config["image_shape"]))
 
@@ -249,11 +245,11 @@ RECORDED = ["cuda"] if torch.version.cuda else []
 
 
 def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """f, but on CUDA its first call with inputs of new shapes records all kernels that f launches
-    as a CUDA graph, and every call replays them in one launch. A network is a thousand kernels,
-    which take the host longer to launch than a fast GPU to run.
+    """f, faster on CUDA. The first call with inputs of new shapes records the kernels that f
+    launches as a CUDA graph; every call then replays them in one launch. A network is a thousand
+    kernels, and the host takes longer to launch them than a fast GPU to run them.
 
-    f's Python runs only for the recording. So f may not wait for the device, nor use anything from
+    f's Python runs only for the recording. So f may not wait for the device, nor use anything on
     the host that changes, and all else that it reads or writes must stay where it is. Its random
     numbers are new at every call: those that f itself would have drawn.
     """

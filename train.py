@@ -58,7 +58,7 @@ OPTIONS = [  # name, default for ddpm, for vae, values, what it is
     ("channels", 16, 16, COUNT, "width of the network's first layer"),
     ("timesteps", 1000, NONE, number(int, 2, 10**6), "length T of the chain"),
     ("schedule", "cauchy", NONE, list(SCHEDULES), "of alpha_t"),
-    ("predict", "noise", NONE, ["noise", "image"], "what the U-Net predicts"),
+    ("predict", "noise", NONE, ["noise", "image"], "what the network predicts"),
     ("multipliers", [1, 2, 4], NONE, COUNT, "width of each level over --channels"),
     ("blocks", 1, NONE, COUNT, "residual blocks a level"),
     ("attention", [], NONE, number(int, 0), "levels with attention (0 is full resolution), beside "
@@ -170,8 +170,8 @@ def ema_decay(step: int) -> float:
 def next_batch(images: Tensor, config: dict, epoch: int, i: int, device: torch.device) -> Tensor:
     """This rank's share of the epoch's i-th batch, in [-1, 1], on the device.
 
-    The order, and the seed of a step, are functions of --seed and of where in the run they are
-    used: a resumed run draws what the uninterrupted one would have drawn.
+    Its order, like the seed of a step, depends only on --seed and on the place in the run: a
+    resumed run draws what the uninterrupted one would have drawn.
     """
     batch_size = config["batch_size"]
     order = shuffled(len(images), hash((config["seed"], epoch)), images.device)
@@ -268,8 +268,8 @@ class Log:
 
     def checkpoint(self, step: int, model: nn.Module, ema: nn.Module,
                    optimizer: torch.optim.Optimizer):
-        """What --resume and sample.py need. Never saves a nan: a finite loss can have a gradient
-        that is not."""
+        """What --resume and sample.py need. Never saves a nan: even where the loss is finite, its
+        gradient may not be."""
         check_finite(step, *model.parameters())
         self.saved = time.perf_counter()
         if RANK == 0:
@@ -422,8 +422,6 @@ def prepare(options: dict) -> tuple:
     """Checks everything before any file changes; returns `train`'s arguments. Raises ValueError or
     OSError."""
     out, resume = options.pop("out", Path("runs", options["model"])), options.pop("resume", False)
-    if not out.name:
-        raise ValueError("--out: a folder's name is missing")
     checkpoint, state = out / "checkpoint.pt", None
     if checkpoint.exists() and not resume:
         raise ValueError(f"{checkpoint} exists: --resume goes on with that run, and --out with "

@@ -38,7 +38,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as in arXiv 2006.11239, or fewer (16, 8, …), so that each has a multiple of 4
+    """32 groups as in arXiv 2006.11239, or as many (16, 8, …) as each have a multiple of 4
     channels."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
@@ -202,12 +202,12 @@ class NoiseAndImage(nn.Module):
 
         ε̂_θ = [κ ᾱ_t ε̂ + √(1 − ᾱ_t) (x_t − √ᾱ_t x̂)] / (κ ᾱ_t + 1 − ᾱ_t)
 
-    the mean of two estimates of ε, of ε̂ with the weight κ ᾱ_t and of the noise between x̂ and x_t
-    with the weight 1 − ᾱ_t. In almost pure noise ε differs from x_t by a few per cent, which are
-    the picture, and which bfloat16 rounds away. There the network only has to give x̂, and x_t is
-    used in full precision. κ = 1 would be a network for the velocity (arXiv 2202.00512), and costs
-    likelihood at small t; 8 was found by trial. The two outputs are from "Dynamic Dual-Output
-    Diffusion Models" (arXiv 2203.04304).
+    This is a weighted mean of two estimates of ε: ε̂, with the weight κ ᾱ_t, and the noise between
+    x̂ and x_t, with the weight 1 − ᾱ_t. In almost pure noise ε and x_t differ by a few per cent.
+    That difference is the picture, and bfloat16 would round it away. Here the network only has to
+    give x̂, and x_t is used in full precision. κ = 1 would amount to predicting the velocity (arXiv
+    2202.00512), which costs likelihood at small t; 8 was found by trial. The two outputs are from
+    "Dynamic Dual-Output Diffusion Models" (arXiv 2203.04304).
 
     alphas: α_1, …, α_T, those of the chain, or else ε̂_θ is wrong; `DDPM` refuses others.
     """

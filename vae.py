@@ -9,7 +9,7 @@ an image, and both are distributions:
 
     x ──> q_φ(z | x) ──> z ──> p_θ(x | z) ──> x̂            p(z) = N(0, I)
 
-`GaussianMixture` is Ex. 1.2, where p(z | x) is known exactly; `VAE` learns both from images.
+`GaussianMixture` is Ex. 1.2, where p(z | x) is known exactly; `VAE` learns encoder and decoder.
 `python vae.py` computes the section's examples and theorems.
 """
 import functools
@@ -73,8 +73,8 @@ class VAE(nn.Module):
         encoder: x (B, …) -> (B, 2d), μ beside log σ².
         decoder: z (B, d) -> x's shape.
         decoder_std: σ_dec, on the scale of pixels in [-1, 1], a number or "learned", which makes it
-            one more parameter. A small σ_dec gives sharp reconstructions but bad samples, since the
-            encoded z are then far from N(0, I); a large one the reverse.
+            one more parameter. A small σ_dec gives sharp reconstructions but bad samples, because
+            the encoded z are then far from N(0, I). A large one does the opposite.
 
     Images are float tensors (B, C, H, W) in [-1, 1]. Bad arguments raise ValueError.
     """
@@ -134,22 +134,22 @@ class VAE(nn.Module):
     def reparameterize(self, mu: Tensor, log_var: Tensor) -> Tensor:
         """z = μ + σ ⊙ ε, ε ~ N(0, I), (B, d)    (1.16), Ex. 1.7
 
-        z ~ q_φ(z | x), written as a function of φ and of ε, which does not depend on φ: so ∇_φ,
-        like ∇_θ, passes through the expectation.
+        This writes z ~ q_φ(z | x) as a function of φ and ε. The distribution of ε does not depend
+        on φ, so that ∇_φ, like ∇_θ, can be moved inside the expectation.
         """
         return mu + (0.5 * log_var).exp() * torch.randn_like(mu)
 
     def kl(self, mu: Tensor, log_var: Tensor) -> Tensor:
         """KL(q_φ(z | x) ‖ p(z)) = ½ Σ_i (σ_i² − 1 + μ_i² − log σ_i²), (B,)    Thm 1.3, (1.26)
 
-        for a σ_i of each coordinate of z; (1.26) has one σ_φ for all.
+        Each coordinate of z has a σ_i of its own; (1.26) has one σ_φ.
         """
         return 0.5 * (log_var.exp() - 1 + mu.square() - log_var).sum(1)
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p_θ(x | z) = −‖x − f_θ(z)‖² / 2σ_dec² − D log (√(2π) σ_dec), (B,)    (1.29), (1.30)
 
-        for images x of D pixels.
+        The sum over the D pixels of x, each with its share of the second term.
         """
         x_hat = self.decode(z)
         if x_hat.shape != x.shape:
@@ -165,7 +165,7 @@ class VAE(nn.Module):
         terms = self.elbo(x)
         return (terms["kl"] - terms["reconstruction"]).mean() / math.prod(x.shape[1:])
 
-    forward = loss  # so that the module itself can be called, as DistributedDataParallel does
+    forward = loss  # so that vae(x) is the loss
 
     @torch.no_grad()
     def sample(self, z: Tensor) -> Tensor:
@@ -234,8 +234,8 @@ def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
 # -------------------------------------------------- worked examples: python vae.py
 # A copy can do without everything below.
 
-# (what, formula, computed): numbers, or draws whose mean is the number. "As printed" marks what the
-# paper prints and the computation does not confirm. ELBOs and KLs are in nats.
+# (what, formula, computed): each side is a number, or draws whose mean is printed. "As printed"
+# marks what stands in the paper and the computation does not confirm. ELBOs and KLs are in nats.
 Rows = Iterator[tuple[str, float | Tensor, float | Tensor]]
 
 
