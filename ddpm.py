@@ -81,9 +81,10 @@ class DDPM(nn.Module):
         if (t.is_floating_point() or t.shape not in ((), x.shape[:1])
                 or not ((1 <= t) & (t <= self.T)).all()):
             raise ValueError(f"t must be in 1..{self.T}, one integer or {len(x)}, got {t}")
+        t = t.long()  # bytes would be a mask
         if t.ndim == 0:  # new_full copies nothing to the device, which could make the host wait
             return [x.new_full((), table[t].item()) for table in tables]
-        t = t.long().view(-1, *[1] * (x.ndim - 1))
+        t = t.view(-1, *[1] * (x.ndim - 1))
         return [table[t].to(x.device, x.dtype, non_blocking=x.is_cuda) for table in tables]
 
     # -------------------------------------------------- §2.1 Building Blocks: q(x_t | …)

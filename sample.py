@@ -245,13 +245,14 @@ RECORDED = ["cuda"] if torch.version.cuda else []
 
 
 def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """f, faster on CUDA. The first call with inputs of new shapes records the kernels that f
+    """f, faster on CUDA. The first call with inputs of a new kind records the kernels that f
     launches as a CUDA graph; every call then replays them in one launch. A network is a thousand
     kernels, and the host takes longer to launch them than a fast GPU to run them.
 
     f's Python runs only for the recording. So f may not wait for the device, nor use anything on
-    the host that changes, and all else that it reads or writes must stay where it is. Its random
-    numbers are new at every call: those that f itself would have drawn.
+    the host that changes, and all else that it reads or writes must stay where it is: so must
+    autocast's copies of the weights, if f is called under it. The random numbers are new at every
+    call, those that f itself would have drawn.
     """
     graphs = {}
 
@@ -263,16 +264,17 @@ def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
             # What libraries do at a first call can't be recorded. Its random numbers don't count.
             with torch.cuda.stream(stream), torch.random.fork_rng([device]):
                 f(*inputs)
-            with torch.cuda.graph(graph, stream=stream):
+            # "thread_local", since NCCL's own thread may look after other work meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 return graph, inputs, f(*inputs)
 
     def replay(*inputs: Tensor) -> Tensor:
         if inputs[0].device.type not in RECORDED:
             return f(*inputs)
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in graphs:
-            graphs[shapes] = record(inputs)
-        graph, places, output = graphs[shapes]
+        kind = tuple((x.shape, x.dtype, x.device) for x in inputs)
+        if kind not in graphs:
+            graphs[kind] = record(inputs)
+        graph, places, output = graphs[kind]
         for place, x in zip(places, inputs):
             place.copy_(x)
         graph.replay()
@@ -288,7 +290,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.ones(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"--device {name}: {reason}") from error
 

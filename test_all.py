@@ -199,6 +199,26 @@ class TestVAE(Test):
         error = (x - vae.decode(vae.reparameterize(*vae.encode(x)))).square().mean()
         self.assertClose(slope, 1 - error.detach(), rtol=1e-4)
 
+    def test_the_networks_by_hand(self):
+        encoder, decoder = map(random_weights, conv_networks((2, 9, 12), latent_dim=3, channels=8))
+
+        def layer(network, i, h, stride=1):  # convolution, then normalization and SiLU
+            h = F.conv2d(h, network[i].weight, network[i].bias, stride, padding=1)
+            return active(network[i + 1], h) if network is encoder or i == 5 else h
+
+        def active(activation, h):
+            return F.silu(F.group_norm(h, 8, activation[0].weight, activation[0].bias))
+
+        x, z = 3 * torch.randn(4, 2, 9, 12), torch.randn(4, 3)
+        h = layer(encoder, 4, layer(encoder, 2, layer(encoder, 0, x, 2), 2))
+        h = encoder[9](F.silu(encoder[7](h.flatten(1))))
+        self.assertClose(torch.cat(VAE(encoder, decoder).encode(x), 1).detach(), h.detach(),
+                         rtol=1e-4, atol=1e-4)
+        h = active(decoder[4], decoder[2](F.silu(decoder[0](z))).view(4, 16, 3, 3))
+        h = active(decoder[9], F.pixel_shuffle(layer(decoder, 7, layer(decoder, 5, h)), 2))
+        h = F.pixel_shuffle(layer(decoder, 10, h), 2).tanh()[:, :, :9, :12]
+        self.assertClose(decoder(z).detach(), h.detach(), rtol=1e-4, atol=1e-4)
+
     def test_every_size_from_8_up(self):
         for shape in ((1, 8, 8), (1, 28, 28), (3, 32, 32), (1, 33, 33), (2, 9, 31)):
             vae = small_vae(shape)
@@ -316,9 +336,10 @@ class TestForward(Test):
         for k in (0, 1.5):
             with self.assertRaises(ValueError):
                 ddpm.elbo(x, k)
-        for network in (UNet(), Fourier(UNet(5), (3, 5))):
-            with self.assertRaisesRegex(ValueError, r"\(B, C, H, W\).*got \(3, 28, 28\)"):
-                DDPM(network, cosine_alphas(10)).loss(torch.zeros(3, 28, 28))
+        for network, shape in ((UNet(), (3, 28, 28)), (Fourier(UNet(5), (3, 5)), (3, 28, 28)),
+                               (UNet(), (3, 2, 28, 28))):
+            with self.assertRaisesRegex(ValueError, rf"\(B, ., H, W\).*{re.escape(str(shape))}"):
+                DDPM(network, cosine_alphas(10)).loss(torch.zeros(shape))
 
 
 def pixel_ddpm(T, predict="noise"):
@@ -584,10 +605,11 @@ class TestUNet(Test):
             for a, b in zip((output, *gradients), unet_by_hand(unet, x, t, *shape), strict=True):
                 self.assertLess((a - b).norm(), 1e-3 * b.norm())
 
-    def test_the_published_parameter_count(self):
-        unet = UNet(3, 3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,),
-                    dropout=0.1)
-        self.assertEqual(sum(p.numel() for p in unet.parameters()), 35_746_307)
+    def test_what_starts_at_zero(self):
+        # A zero anywhere else can keep a branch dead for ever.
+        zero = r"(conv2|attention\.out|head\.2)\.(weight|bias)|(norm\d?|head\.0)\.bias"
+        for name, parameter in UNet(attention=(0,)).named_parameters():
+            self.assertEqual(not parameter.any(), bool(re.search(zero, name)), name)
 
     def test_a_fresh_block_is_its_shortcut(self):
         # Dropout and attention are in the branches that start at 0.
@@ -632,7 +654,7 @@ class TestAdditions(Test):
     def test_an_epsilon_put_together_from_two(self):
         # What is right, in either half, is right in ε̂_θ: at small t of ε̂, at large t of x̂.
         alphas, t = cauchy_alphas(100), torch.tensor([1, 40, 100])
-        x_0, noise, ddpm = torch.rand(3, 1, 8, 8), torch.randn(3, 1, 8, 8), DDPM(None, alphas)
+        x_0, noise, ddpm = 3 * torch.rand(3, 1, 8, 8), torch.randn(3, 1, 8, 8), DDPM(None, alphas)
         x_t, snr = ddpm.q_sample(x_0, t, noise), ddpm.alpha_bar[t] / (1 - ddpm.alpha_bar[t])
         for options, kappa in ({}, 8), ({"kappa": 3}, 3):
 
@@ -644,6 +666,19 @@ class TestAdditions(Test):
             self.assertClose(combine(noise), noise, rtol=1e-4, atol=1e-4)
             share = (kappa * snr / (1 + kappa * snr)).view(3, 1, 1, 1).expand(x_t.shape)
             self.assertClose(combine(noise + 1) - noise, share, rtol=1e-3, atol=1e-4)
+
+    def test_a_model_is_what_its_options_say(self):
+        options = {**train.DEFAULTS["ddpm"], "model": "ddpm", "image_shape": [3, 32, 32],
+                   "timesteps": 50, "predict": "image", "fourier": [], "channels": 128,
+                   "multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [1], "dropout": 0.1}
+        for name, schedule in (("cauchy", cauchy_alphas), ("cosine", cosine_alphas),
+                               ("linear", linear_alphas)):
+            ddpm = sample.build_model({**options, "schedule": name})
+            self.assertSame(ddpm.alpha[1:], schedule(50))
+        self.assertEqual(ddpm.predict, "image")
+        self.assertEqual({m.p for m in ddpm.modules() if isinstance(m, nn.Dropout)}, {0.1})
+        # arXiv 2006.11239's, for CIFAR-10
+        self.assertEqual(sum(p.numel() for p in ddpm.parameters()), 35_746_307)
 
     def test_the_default_network(self):
         # A fresh one knows nothing: ε̂ = x̂ = 0, so ε̂_θ = √(1 − ᾱ_t) x_t / (κ ᾱ_t + 1 − ᾱ_t).
@@ -898,7 +933,7 @@ class Recording(TorchDispatchMode):
     """What torch.cuda.graph does: operations go into the graph. Here they run, too, and so what
     they do to the random numbers is undone."""
 
-    def __init__(self, graph, stream):
+    def __init__(self, graph, stream, capture_error_mode):
         super().__init__()
         self.graph, self.seed = graph, torch.get_rng_state()
 
@@ -1241,13 +1276,15 @@ class TestRuns(CommandTest):
 
     # What torchrun starts: train.py without chance in the VAE, and with a signal to rank 1 alone.
     RANKS_SCRIPT = """
-import signal, sys, train, vae
+import signal, sys, torch, train, vae
 
 loss, steps = vae.VAE.loss, int(sys.argv.pop())
 
 def forward(model, x):
     global steps
     steps -= 1
+    with open("seeds", "a") as file:
+        file.write(f"{torch.initial_seed()} ")
     if steps == 0 and train.RANK == 1:
         signal.raise_signal(signal.SIGTERM)
     return loss(model, x)
@@ -1265,6 +1302,8 @@ train.main()
         options = ["--batch-size", 32, "--steps", 20]
         both, one = self.run_folder, self.folder / "one"
         self.command(script, *self.options("vae", *options), 0, launcher=together, env=env)
+        seeds = (self.folder / "seeds").read_text().split()
+        self.assertEqual(len(set(seeds)), 1 + 2 * 20)  # that of the trial, and a step's on a rank
         self.command(script, *self.options("vae", *options, out=one), 0, env=env)
         for x, y in zip(self.metrics(both), self.metrics(one), strict=True):
             self.assertEqual((x["step"], x["epoch"], x["lr"]), (y["step"], y["epoch"], y["lr"]))
@@ -1281,7 +1320,9 @@ train.main()
         self.assertIn("torchrun --nproc_per_node=2 train.py", output)
         self.assertEqual(sample.load(both / "checkpoint.pt")["step"], 27)
 
-    def test_lr_share(self):
+    def test_lr_share_and_ema_decay(self):
+        for step, decay in ((1, 1 / 11), (90, 0.9), (10**6, 0.9999)):
+            self.assertClose(train.ema_decay(step), decay)
         for step, share in ((0, 0.2), (4, 0.996), (50, 0.5), (75, 0.1464), (99, 0.0002467)):
             self.assertClose(train.lr_share(step, 100), share, rtol=1e-3)
 
@@ -1290,7 +1331,8 @@ train.main()
         # step's random numbers are a function of the seed, the epoch and its place.
         for model, options in (("ddpm", ["--dropout", 0.1]), ("vae", [])):
             out = self.folder / model
-            self.in_process(*self.options(model, "--steps", 20, "--lr", 0.02, *options, out=out))
+            self.in_process(*self.options(model, "--steps", 20, "--lr", 0.02, "--batch-size", 32,
+                                          *options, out=out))
             state = sample.load(out / "checkpoint.pt")
             torch.manual_seed(0)
             network, (images, _) = sample.build_model(state["config"]), train.load_images(self.data)
@@ -1299,11 +1341,11 @@ train.main()
             adam = torch.optim.Adam(weights, betas=(0.9, 0.99))
             norms, start = [], nn.utils.parameters_to_vector(weights).detach()
             for step in range(20):
-                epoch, i = divmod(step, 16)
+                epoch, i = divmod(step, 8)
                 order = torch.randperm(
                     256, generator=torch.Generator().manual_seed(hash((0, epoch))))
                 torch.manual_seed(hash((0, epoch, i)))
-                loss = network.loss(images[order[16 * i:16 * i + 16]] / 127.5 - 1)
+                loss = network.loss(images[order[32 * i:32 * i + 32]] / 127.5 - 1)
                 adam.zero_grad()
                 loss.backward()
                 norms.append(nn.utils.clip_grad_norm_(weights, 1.0).item())

@@ -38,7 +38,7 @@ from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph
                     to_uint8, write_png)
 
 
-def std(text: str) -> float | str:
+def number_or_learned(text: str) -> float | str:
     return text if text == "learned" else number(float, 1e-6, 1e6)(text)
 
 
@@ -67,7 +67,8 @@ OPTIONS = [  # name, default for ddpm, for vae, values, what it is
     ("fourier", [3, 5], NONE, number(int, 0, 8), "the network also sees sin and cos of 2^n pi x "
      "for each n"),
     ("latent_dim", NONE, 8, COUNT, "length of z"),
-    ("decoder_std", NONE, 0.6, std, "sigma of p(x|z), for pixels in [-1, 1], or the word learned"),
+    ("decoder_std", NONE, 0.6, number_or_learned, "sigma of p(x|z), for pixels in [-1, 1], or the "
+     "word learned"),
 ]
 DEFAULTS = {model: {name: row[i] for name, *row in OPTIONS if row[i] is not NONE}
             for i, model in enumerate(MODELS)}
@@ -433,7 +434,9 @@ def prepare(options: dict) -> tuple:
     if RANKS > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    data = Path(config["data"] or Path(__file__).with_name("data") / "mnist")
+    data = Path(__file__).with_name("data") / "mnist"
+    if config["data"] is not None:
+        data = Path(config["data"])
     images, test = load_images(data)
     batch_size = config["batch_size"]
     if batch_size > len(images) or batch_size % RANKS:

@@ -155,8 +155,9 @@ class UNet(nn.Module):
             group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, out_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise ValueError(f"images must be (B, C, H, W), with an H and W divisible by "
+        C = self.stem.in_channels
+        if x.ndim != 4 or x.shape[1] != C or x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise ValueError(f"images must be (B, {C}, H, W), with an H and W divisible by "
                              f"{self.stride}, got {tuple(x.shape)}")
         time = self.time(time_embedding(t, self.channels).to(x.dtype))
         skips = [h := self.stem(x)]
