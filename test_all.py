@@ -201,6 +201,7 @@ class TestVAE(Test):
 
     def test_the_networks_by_hand(self):
         encoder, decoder = map(random_weights, conv_networks((2, 9, 12), latent_dim=3, channels=8))
+        nn.init.normal_(encoder[9].weight, std=2)  # large outputs, too
 
         def layer(network, i, h, stride=1):  # convolution, then normalization and SiLU
             h = F.conv2d(h, network[i].weight, network[i].bias, stride, padding=1)
@@ -213,7 +214,7 @@ class TestVAE(Test):
         h = layer(encoder, 4, layer(encoder, 2, layer(encoder, 0, x, 2), 2))
         h = encoder[9](F.silu(encoder[7](h.flatten(1))))
         self.assertClose(torch.cat(VAE(encoder, decoder).encode(x), 1).detach(), h.detach(),
-                         rtol=1e-4, atol=1e-4)
+                         rtol=1e-4, atol=1e-3)
         h = active(decoder[4], decoder[2](F.silu(decoder[0](z))).view(4, 16, 3, 3))
         h = active(decoder[9], F.pixel_shuffle(layer(decoder, 7, layer(decoder, 5, h)), 2))
         h = F.pixel_shuffle(layer(decoder, 10, h), 2).tanh()[:, :, :9, :12]
@@ -1033,6 +1034,10 @@ class TestEndToEnd(CommandTest):
 
         # They are drawn with the moving average of the weights, without dropout.
         state, model = sample.read_checkpoint(self.checkpoint)
+        last = train.draw_pictures(model, torch.zeros(1, 1, 28, 28), state["config"])["samples"]
+        (picture,), _ = decode_png(self.run_folder / "samples_000048.png")
+        last = sample.grid(sample.to_uint8(last), columns=8)
+        self.assertLessEqual((picture.int() - last.int()).abs().max(), 1)
         for weights, same in (("ema", True), ("model", False)):
             model.load_state_dict(state[weights])
             torch.manual_seed(0)
