@@ -41,8 +41,8 @@ class DDPM(nn.Module):
         alphas: α_1, …, α_T, T ≥ 2, each between 0 and 1; their product is below 0.1.
         predict: what the network outputs, the "noise" ε̂_θ(x_t) (§2.5) or "image" x̂_θ(x_t) (§2.4).
         clip: whether x̂_θ is clipped to [-1, 1], the range of images, as in the code of arXiv
-            2006.11239. At large t it divides the error of ε̂_θ by a small √ᾱ_t, and one value out
-            of range would spoil every later step. False for points or latents.
+            2006.11239. At large t the error of ε̂_θ is divided by a small √ᾱ_t, and one value out
+            of range would spoil every later step. Pass False for points or latents.
 
     Images are float tensors (B, C, H, W) in [-1, 1]. A time t is an int, or (B,) integers, in 1..T.
     A Gaussian is the pair (mean, variance), where the variance is one number or (B, 1, …, 1). Bad
@@ -59,8 +59,8 @@ class DDPM(nn.Module):
         if getattr(denoiser, "alphas", alphas).tolist() != alphas.tolist():
             raise ValueError("the denoiser was made for other alphas")
         self.denoiser, self.T, self.predict, self.clip = denoiser, len(alphas), predict, clip
-        # Tables, indexed by t: α_0 = ᾱ_0 = 1. They stay float64 on the CPU, and `at` rounds only
-        # the finished coefficient. In float32 1 − ᾱ_1 of `linear_alphas` has three right digits.
+        # The tables stay float64 on the CPU, and `at` rounds only the finished coefficient. In
+        # float32, 1 − ᾱ_1 of `linear_alphas` would keep only three correct digits.
         self.alpha = F.pad(alphas.detach().to("cpu", torch.float64), (1, 0), value=1.0)
         self.alpha_bar = self.alpha.cumprod(0)  # ᾱ_t = α_1 α_2 … α_t
         self.alpha_bar_prev = F.pad(self.alpha_bar[:-1], (1, 0), value=1.0)  # ᾱ_{t−1}
@@ -70,9 +70,9 @@ class DDPM(nn.Module):
         self.register_buffer("roots", torch.stack(
             [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()]).float(), persistent=False)
         if not 1e-50 < self.alpha_bar[-1] < 0.1:
-            raise ValueError(f"alphas multiply to {self.alpha_bar[-1]:.2g}: above 0.1 x_T is not "
-                             "yet white noise, and below 1e-50 x_t is long before T; are they "
-                             "α_t, not 1 − α_t or ᾱ_t?")
+            raise ValueError(f"alphas multiply to {self.alpha_bar[-1]:.2g}: above 0.1, x_T is not "
+                             "yet white noise; below 1e-50, x_t is white noise long before T; are "
+                             "they α_t, not 1 − α_t or ᾱ_t?")
 
     def at(self, t: int | Tensor, x: Tensor, *tables: Tensor) -> list[Tensor]:
         """The tables at t, in x's precision and on its device: () for an int, else (B, 1, …, 1)."""
@@ -82,7 +82,7 @@ class DDPM(nn.Module):
                 or not ((1 <= t) & (t <= self.T)).all()):
             raise ValueError(f"t must be in 1..{self.T}, one integer or {len(x)}, got {t}")
         t = t.long()  # bytes would be a mask
-        if t.ndim == 0:  # new_full copies nothing to the device, which could make the host wait
+        if t.ndim == 0:  # new_full copies nothing to the device; a copy could make the host wait
             return [x.new_full((), table[t].item()) for table in tables]
         t = t.view(-1, *[1] * (x.ndim - 1))
         return [table[t].to(x.device, x.dtype, non_blocking=x.is_cuda) for table in tables]
@@ -145,9 +145,9 @@ class DDPM(nn.Module):
         mean, variance = self.q_marginal(x_0, self.T)
         prior_matching = 0.5 * (variance - 1 + mean**2 - variance.log())
 
-        # All t, each with weight 1; or k random t for each image, each weighted by 1 / (k p), where
-        # its probability p is in proportion to what its term would be on average for x_0 ~ N(0, I)
-        # and the best denoiser, ½ [(1 − ᾱ_t) / (1 − ᾱ_{t−1}) − 1].
+        # All t, each with weight 1; or k random t for each image, each with weight 1 / (k p). A t's
+        # probability p is proportional to the mean of its term for x_0 ~ N(0, I) and the best
+        # denoiser, ½ [(1 − ᾱ_t) / (1 − ᾱ_{t−1}) − 1].
         times, weights = torch.arange(2, self.T + 1), torch.ones(self.T + 1)
         if k is not None:
             p = F.pad((1 - self.alpha_bar[2:]) / (1 - self.alpha_bar[1:-1]) - 1, (2, 0))
@@ -208,15 +208,15 @@ class DDPM(nn.Module):
     def loss(self, x_0: Tensor) -> Tensor:
         """‖x̂_θ(x_t) − x_0‖² (§2.4) or ‖ε̂_θ(x_t) − ε‖² (§2.5): a scalar, a mean over all pixels.
 
-        The boxes "Training Algorithm for DDPM" (2.47) and "Training DDPM using ε̂_θ", up to the
+        The boxes "Training Algorithm for DDPM" (2.47) and "Training DDPM using ε̂_θ", without the
         gradient step. (The first prints ᾱ_t x_0 for √ᾱ_t x_0.) In the ELBO each t has a factor of
         its own, that of (2.43) for x̂_θ. The boxes drop it, which costs some likelihood and gives
         better pictures (arXiv 2006.11239, section 3.4).
         """
         refuse_bytes(x_0)
-        # t ~ Uniform{1, …, T} for every image. Within a batch the t are evenly spaced, from a
-        # random one on, so that it covers the chain ("Variational Diffusion Models", arXiv
-        # 2107.00630). The host never sees t, and so a CUDA graph can record all of this.
+        # t ~ Uniform{1, …, T} for every image. Within a batch the t are evenly spaced from a random
+        # start, so that they cover the chain ("Variational Diffusion Models", arXiv 2107.00630).
+        # The host never sees t, so a CUDA graph can record all of this.
         B, T, device = len(x_0), self.T, x_0.device
         t = 1 + torch.randint(T, (1,), device=device) + torch.arange(B, device=device) * T // B
         t = torch.where(t > T, t - T, t)  # not %, which mps rounds before torch 2.8
@@ -234,7 +234,7 @@ class DDPM(nn.Module):
                 = (x_t − (1 − α_t) / √(1 − ᾱ_t) · ε̂_θ(x_t)) / √α_t  +  σ_q(t) z    (2.52)
 
         Both boxes "Inference of DDPM"; their first line, x_T ~ N(0, I), is the argument. With ε̂_θ
-        the step is taken through x̂_θ, so that it can be clipped. Yields (t, x_t), t = T − 1, …, 0.
+        the step goes through x̂_θ, so that x̂_θ can be clipped. Yields (t, x_t), t = T − 1, …, 0.
         """
         x_t = x_T
         for t in range(self.T, 0, -1):
@@ -245,8 +245,8 @@ class DDPM(nn.Module):
     def sample(self, x_T: Tensor, steps: int | None = None, eta: float = 1.0) -> Tensor:
         """The last state of a chain, x_0: new images.
 
-        x_T ~ N(0, I) is (B, …) on the network's device. Without `steps`, and with η = 1, the chain
-        is `reverse_chain`, else `ddim_chain`. Where the network has dropout, call `eval()` first,
+        x_T ~ N(0, I) is (B, …) on the network's device. The chain is `ddim_chain` if `steps` is
+        given or η is not 1, else `reverse_chain`. If the network has dropout, call `eval()` first,
         and `train()` before training goes on.
         """
         for _, x_t in self.chain(x_T, steps, eta):
@@ -262,7 +262,7 @@ class DDPM(nn.Module):
         return (x_t - root * x_0) / std
 
     def predict_noise(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """ε̂_θ(x_t). From x̂_θ, not clipped: the noise between it and x_t."""
+        """ε̂_θ(x_t). From x̂_θ it is the noise between x̂_θ, not clipped, and x_t."""
         self.at(t, x_t)  # refuses a wrong t
         output = self.output(x_t, t)
         return output if self.predict == "noise" else self.noise_between(output, x_t, t)
@@ -276,13 +276,13 @@ class DDPM(nn.Module):
 
         The predicted x_0, the direction pointing to x_t, and fresh noise; s < t is the next of
         `steps` times. (§2.6 prints α_t for ᾱ_t.) With σ_t² under the root every marginal
-        q(x_s | x_0) stays as it was, whatever σ_t is (Thm 2.9), so that one trained network serves
-        all; with √(1 − ᾱ_s), the paper's first try, the variance is σ_t² too large. The paper
-        leaves σ_t open. As in "Denoising Diffusion Implicit Models" (arXiv 2010.02502) it is
+        q(x_s | x_0) stays the same for any σ_t (Thm 2.9), so one trained network serves all. With
+        √(1 − ᾱ_s), the paper's first try, the variance is σ_t² too large. The paper leaves σ_t
+        open. As in "Denoising Diffusion Implicit Models" (arXiv 2010.02502) it is
 
             σ_t² = η² (1 − ᾱ_s) (1 − ᾱ_t / ᾱ_s) / (1 − ᾱ_t),      0 ≤ η ≤ 1
 
-        η = 1 is DDPM with longer steps: where s = t − 1, σ_t² = σ_q²(t), and so steps = T is
+        η = 1 is DDPM with longer steps. Where s = t − 1, σ_t² is σ_q²(t), so steps = T gives
         `reverse_chain`. With η = 0 only x_T is random. ε̂_θ is the noise between the clipped x̂_θ
         and x_t. Yields (s, x_s) down to s = 0.
         """
@@ -321,7 +321,7 @@ class DDPM(nn.Module):
 
     def chain(self, x_T: Tensor, steps: int | None = None,
               eta: float = 1.0) -> Iterator[tuple[int, Tensor]]:
-        """`reverse_chain` or, with fewer steps or another η, `ddim_chain`."""
+        """The chain that `sample` runs: yields (t, x_t)."""
         if steps is None and eta == 1:
             return self.reverse_chain(x_T)
         return self.ddim_chain(x_T, self.T if steps is None else steps, eta)
@@ -366,16 +366,16 @@ def cosine_alphas(T: int) -> Tensor:
 
 
 def cauchy_alphas(T: int) -> Tensor:
-    """α_1, …, α_T as a float64 (T,): the log snr(t) are quantiles of a Cauchy distribution.
+    """α_1, …, α_T as a float64 (T,): each log snr(t) is a quantile of a Cauchy distribution.
 
         λ_t = log snr(t) = μ + s tan θ_t,      snr(t) = ᾱ_t / (1 − ᾱ_t),      ᾱ_t = sigmoid(λ_t)
 
     with θ_t evenly spaced, from λ_1 = 12.4 to λ_T = −7.5 ("Improved Noise Schedule for Diffusion
     Training", arXiv 2407.03297). Many t lie where λ_t changes slowly: a uniform t trains those
-    noise levels most, and the chain takes its shortest steps there. More than half of all steps lie
-    within s of μ, where the picture takes shape in mostly noise. The heavy tails serve the ELBO:
-    steps stay short at small t, and the noise at t = 1 (standard deviation 0.002) is small beside a
-    pixel's bin (0.008). μ and s were found by trial.
+    noise levels most, and the chain takes its shortest steps there. More than half of all λ_t lie
+    within s of μ, where x_t is mostly noise and the picture takes shape. The heavy tails serve the
+    ELBO: steps stay short at small t, and the noise at t = 1 (standard deviation 0.002) is small
+    beside a pixel's bin (0.008). μ and s were found by trial.
     """
     mu, s = -2.0, 1.1
     first, last = (math.atan((log_snr - mu) / s) for log_snr in (12.4, -7.5))
@@ -386,9 +386,9 @@ def cauchy_alphas(T: int) -> Tensor:
 def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log ∫ N(y | mean, std²) dy over the bin of the 8-bit pixel x, elementwise, in nats.
 
-    The p_θ(x_0 | x_1) of arXiv 2006.11239, section 3.3, for 8-bit pixels. A pixel's 256 values lie
-    2/255 apart on [-1, 1]; a bin reaches half-way to its neighbours, and the two outermost bins
-    reach to ±∞, so that the 256 masses sum to 1.
+    The p_θ(x_0 | x_1) of arXiv 2006.11239, section 3.3. A pixel's 256 values lie 2/255 apart on
+    [-1, 1]. A bin reaches halfway to its neighbours, and the two outermost bins reach to ±∞, so
+    that the 256 masses sum to 1.
     """
     lower = torch.where(x < -1 + 1 / 255, -math.inf, (x - 1 / 255 - mean) / std)
     upper = torch.where(x > 1 - 1 / 255, math.inf, (x + 1 / 255 - mean) / std)
@@ -431,7 +431,7 @@ class ExactDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """E[x_0 | x_t] = Σ_k p(k | x_t) [μ_k + √ᾱ_t σ_k² / v_k · (x_t − √ᾱ_t μ_k)],
 
-        v_k = 1 − ᾱ_t + ᾱ_t σ_k²; E[ε | x_t] is the noise between that and x_t.
+        with v_k = 1 − ᾱ_t + ᾱ_t σ_k². E[ε | x_t] is the noise between E[x_0 | x_t] and x_t.
         """
         t = t.view(-1, *[1] * (x_t.ndim - 1))
         alpha_bar, parts, x = self.alpha_bar[t], self.p(t).component_distribution, x_t.unsqueeze(-1)
@@ -461,7 +461,7 @@ def ones(n: int = 1) -> Tensor:
 
 @functools.cache
 def twenty_transitions() -> tuple[Tensor, Tensor, Tensor]:
-    """Ex. 2.1's mixture after 20 transitions: the humps' means and variances by (2.2), and 100,000
+    """Ex. 2.1's mixture after 20 transitions: the parts' means and variances by (2.2), and 100,000
     simulated pixels x_20."""
     ddpm = exact_ddpm()
     mixture = ddpm.denoiser

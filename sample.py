@@ -68,8 +68,7 @@ def evenly(last: int, count: int) -> list[int]:
 
 
 def latent_grid(model: VAE, device: torch.device) -> Tensor:
-    """f_θ(z) on a grid of z = (z_1, z_2) at equally spaced quantiles of N(0, 1), z_1 to the right,
-    z_2 upwards."""
+    """f_θ(z) for equally spaced quantiles z_1, to the right, and z_2, upwards, of N(0, 1)."""
     z = torch.special.ndtri((torch.arange(LATENT_SIDE) + 0.5) / LATENT_SIDE).to(device)
     return model.sample(torch.cartesian_prod(-z, z).flip(1))
 
@@ -102,8 +101,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
 
 
 def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path]]:
-    """The trained model, z or x_T, and the files to write, by option. All that can be refused is
-    refused here, before anything is drawn: ValueError or OSError."""
+    """The trained model, z or x_T, and the files to write. Refuses by ValueError or OSError."""
     if args.checkpoint is None:
         found = sorted(Path("runs").rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
@@ -135,7 +133,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
     if args.latent_grid and config["latent_dim"] != 2:
         raise ValueError(f"--latent-grid: the z of {args.checkpoint} has {config['latent_dim']} "
-                         "numbers; train with --latent-dim 2 for a grid of two")
+                         "numbers, and a grid needs 2: train with --latent-dim 2")
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     return model.to(device), draw_noise(config, args.n).to(device), files
@@ -190,8 +188,7 @@ def build_model(config: dict) -> nn.Module:
 
 
 def draw_noise(config: dict, n: int) -> Tensor:
-    """z ~ N(0, I), (n, d), or x_T ~ N(0, I), (n, C, H, W): on the CPU, so the same on all devices.
-    """
+    """z or x_T ~ N(0, I), (n, d) or (n, C, H, W): on the CPU, so the same on all devices."""
     return torch.randn(n, *([config["latent_dim"]] if config["model"] == "vae" else
                             config["image_shape"]))
 
@@ -208,11 +205,10 @@ def load(path: Path):
 
 
 def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
-    """What train.py saved, and the model with the averaged weights, ready to draw from. Raises
-    OSError or ValueError."""
+    """What train.py saved, and the model with the EMA of its weights. OSError or ValueError."""
     state = load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of train.py, or of another version of it")
+        raise ValueError(f"{path}: not a checkpoint of train.py, or one of another version of it")
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["ema"])
@@ -245,14 +241,14 @@ RECORDED = ["cuda"] if torch.version.cuda else []
 
 
 def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """f, faster on CUDA. The first call with inputs of a new kind records the kernels that f
-    launches as a CUDA graph; every call then replays them in one launch. A network is a thousand
-    kernels, and the host takes longer to launch them than a fast GPU to run them.
+    """f, faster on CUDA. The first call with inputs of a new kind records f's kernels as a CUDA
+    graph; every call then replays them in one launch. A network is a thousand kernels, and the
+    host takes longer to launch them than a fast GPU takes to run them.
 
-    f's Python runs only for the recording. So f may not wait for the device, nor use anything on
-    the host that changes, and all else that it reads or writes must stay where it is: so must
-    autocast's copies of the weights, if f is called under it. The random numbers are new at every
-    call, those that f itself would have drawn.
+    f's Python runs only for the recording. So f must not wait for the device, nor use anything on
+    the host that changes. All else that f reads or writes must stay where it is, autocast's copies
+    of the weights included, if f is called under autocast. The random numbers are new at every
+    call: those that f itself would have drawn.
     """
     graphs = {}
 
@@ -261,7 +257,7 @@ def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with torch.cuda.device(device):
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            # What libraries do at a first call can't be recorded. Its random numbers don't count.
+            # A first call, not recorded: libraries set up in it. Its random numbers don't count.
             with torch.cuda.stream(stream), torch.random.fork_rng([device]):
                 f(*inputs)
             # "thread_local", since NCCL's own thread may look after other work meanwhile.
@@ -284,8 +280,8 @@ def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA where there is one, else the CPU. ValueError, with
-    the first sentence of torch's own reason, where it can't be used."""
+    """The device of this name; "auto" is CUDA where there is one, else the CPU. Raises ValueError,
+    with the first sentence of torch's own reason, if the device can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

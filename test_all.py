@@ -823,7 +823,7 @@ class TestCheckpoint(FileTest):
         bias, config = "encoder.0.bias", self.state["config"]
         for expected, state in (
                 ("not a checkpoint", torch.zeros(3)),
-                ("or of another version", {**self.state, "format": sample.FORMAT - 1}),
+                ("or one of another version", {**self.state, "format": sample.FORMAT - 1}),
                 (f"(?s:.*){bias}", {**self.state, "ema": {**self.state["ema"],
                                                           bias: torch.zeros(7)}}),
                 ("decoder_std", {**self.state, "config": {k: v for k, v in config.items()

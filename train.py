@@ -45,7 +45,7 @@ def number_or_learned(text: str) -> float | str:
 MODELS = ["ddpm", "vae"]
 COUNT, NONE = number(int, 1), "not an option of this model"
 OPTIONS = [  # name, default for ddpm, for vae, values, what it is
-    ("data", None, None, str, "folder of IDX files, named and gzipped (or not) as MNIST's, or a "
+    ("data", None, None, str, "folder of IDX files (gzipped or not) named like MNIST's, or a "
      ".pt file of a uint8 tensor (N, C, H, W); default: the MNIST beside this file"),
     ("epochs", None, 10, COUNT, "passes over the data"),
     ("steps", 5600, None, COUNT, "optimiser steps, instead of --epochs"),
@@ -59,9 +59,9 @@ OPTIONS = [  # name, default for ddpm, for vae, values, what it is
     ("timesteps", 1000, NONE, number(int, 2, 10**6), "length T of the chain"),
     ("schedule", "cauchy", NONE, list(SCHEDULES), "of alpha_t"),
     ("predict", "noise", NONE, ["noise", "image"], "what the network predicts"),
-    ("multipliers", [1, 2, 4], NONE, COUNT, "width of each level over --channels"),
+    ("multipliers", [1, 2, 4], NONE, COUNT, "width of each level, in multiples of --channels"),
     ("blocks", 1, NONE, COUNT, "residual blocks a level"),
-    ("attention", [], NONE, number(int, 0), "levels with attention (0 is full resolution), beside "
+    ("attention", [], NONE, number(int, 0), "levels with attention (0 is full resolution), besides "
      "the middle"),
     ("dropout", 0.0, NONE, number(float, 0, 0.999), "in the residual blocks"),
     ("fourier", [3, 5], NONE, number(int, 0, 8), "the network also sees sin and cos of 2^n pi x "
@@ -171,7 +171,7 @@ def ema_decay(step: int) -> float:
 def next_batch(images: Tensor, config: dict, epoch: int, i: int, device: torch.device) -> Tensor:
     """This rank's share of the epoch's i-th batch, in [-1, 1], on the device.
 
-    Its order, like the seed of a step, depends only on --seed and on the place in the run: a
+    The order, like the seed of a step, depends only on --seed and on the place in the run, so a
     resumed run draws what the uninterrupted one would have drawn.
     """
     batch_size = config["batch_size"]
@@ -363,7 +363,7 @@ def load_images(data: Path) -> tuple[Tensor, Tensor]:
 
 
 def read_split(folder: Path, split: str) -> Tensor:
-    """The images of train-images-idx3-ubyte, or .idx3-ubyte, or t10k-…, gzipped or not."""
+    """The images of <split>-images-idx3-ubyte or <split>-images.idx3-ubyte, gzipped or not."""
     found = folder.glob(f"{split}-images?idx3-ubyte*")
     path = min((path for path in found if path.is_file()), default=None)
     if path is None:
@@ -441,7 +441,7 @@ def prepare(options: dict) -> tuple:
     batch_size = config["batch_size"]
     if batch_size > len(images) or batch_size % RANKS:
         raise ValueError(f"--batch-size {batch_size}: must be at most {len(images)}, the images in "
-                         f"{data}, and divisible among {RANKS} processes")
+                         f"{data}, and divisible by {RANKS}, the number of processes")
     shape = {"images": len(images), "image_shape": list(images.shape[1:])}
     if state and config != {**config, **shape}:
         raise ValueError(f"--data {data}: {len(images)} images {shape['image_shape']}, "

@@ -10,12 +10,12 @@ same shape will do. `UNet` is that of "Denoising Diffusion Probabilistic Models"
                              └ ½ ─ level 2 ─ skips ─ level 2 ─ ×2 ┘                  H/4 × W/4
                                       └── middle ──┘
 
-Every level is `blocks` residual blocks on the way down and `blocks` + 1 on the way up; each block
-on the way up also reads one output of the way down (the skips). Every block also receives the time
-t. The middle, and the levels named in `attention`, have self-attention over the whole image.
+Every level has `blocks` residual blocks on the way down and `blocks` + 1 on the way up. Each block
+on the way up also reads one output of the way down (a skip). Every block receives the time t. The
+middle, and the levels named in `attention`, have self-attention over the whole image.
 
-Below it stands what this repository adds: `Fourier` features of the input, and `NoiseAndImage`, an
-ε̂_θ from two outputs.
+This repository adds `Fourier` features of the input, and `NoiseAndImage`, an ε̂_θ from two
+outputs.
 """
 import math
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 def time_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of t: (B,) -> (B, dim), dim even and at least 4.
 
-    Half sines, half cosines, with wavelengths growing geometrically from 2π to 10,000 · 2π: slow
-    ones place t roughly within 1..T, fast ones tell neighbouring t apart ("Attention Is All You
+    Half sines, half cosines, with wavelengths growing geometrically from 2π to 10,000 · 2π: long
+    ones place t roughly within 1..T, short ones tell neighbouring t apart ("Attention Is All You
     Need", arXiv 1706.03762).
     """
     exponent = torch.arange(dim // 2, device=t.device) / (dim // 2 - 1)
@@ -38,7 +38,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as in arXiv 2006.11239, or as many (16, 8, …) as each have a multiple of 4
+    """32 groups as in arXiv 2006.11239, or fewer (16, 8, …), so that each has a multiple of 4
     channels."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
@@ -157,7 +157,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         C = self.stem.in_channels
         if x.ndim != 4 or x.shape[1] != C or x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise ValueError(f"images must be (B, {C}, H, W), with an H and W divisible by "
+            raise ValueError(f"images must be (B, {C}, H, W), with H and W divisible by "
                              f"{self.stride}, got {tuple(x.shape)}")
         time = self.time(time_embedding(t, self.channels).to(x.dtype))
         skips = [h := self.stem(x)]
@@ -210,7 +210,7 @@ class NoiseAndImage(nn.Module):
     2202.00512), which costs likelihood at small t; 8 was found by trial. The two outputs are from
     "Dynamic Dual-Output Diffusion Models" (arXiv 2203.04304).
 
-    alphas: α_1, …, α_T, those of the chain, or else ε̂_θ is wrong; `DDPM` refuses others.
+    alphas: the chain's α_1, …, α_T; with others ε̂_θ would be wrong, and `DDPM` refuses them.
     """
 
     def __init__(self, network: nn.Module, alphas: Tensor, kappa: float = 8.0):

@@ -32,7 +32,7 @@ class GaussianMixture:
     p(k) = π_k, p(x | k) = N(x | μ_k, σ_k² I), p(x) = Σ_k π_k N(x | μ_k, σ_k² I).
 
     Args:
-        weights: π, (K,), not negative; scaled to sum 1.
+        weights: π, (K,), not negative; scaled to sum to 1.
         means: μ, (K, d), floats.
         stds: σ, (K,), positive.
     """
@@ -160,7 +160,7 @@ class VAE(nn.Module):
     def loss(self, x: Tensor) -> Tensor:
         """−ELBO / D    Thm 1.4: a scalar, the mean over the batch, in nats for each pixel.
 
-        Minimising it is (1.35). (The print of (1.35) has + before the KL, (1.32) has −.)
+        Minimising it is (1.35). (The print of (1.35) has + before the KL; (1.32) has −.)
         """
         terms = self.elbo(x)
         return (terms["kl"] - terms["reconstruction"]).mean() / math.prod(x.shape[1:])
@@ -257,7 +257,7 @@ def example_1_2() -> Rows:
     yield "          ∫ max_k π_k p(x | k) dx | share of k = encode(x)", best, mixture.encode(x) == k
 
 
-# From Ex. 1.3 on x ~ N(μ, σ² I) in d = 64 dimensions.
+# From Ex. 1.3 on, x ~ N(μ, σ² I) in d = 64 dimensions.
 D, MU, SIGMA = 64, 0.3, 0.5
 
 
@@ -345,7 +345,7 @@ def example_1_5() -> Rows:
 
 
 def example_1_6() -> Rows:
-    # Here p(x) means the data's density N(μ, σ² I), which the model's approaches as s → 0.
+    # Here p(x) is the data's density, N(μ, σ² I). The model's density tends to it as s → 0.
     x = data()[:1]
     log_data = Normal(MU, SIGMA).log_prob(x).sum(1)
     best = -D / 2 * math.log(2 * math.pi) - D * math.log(SIGMA) - D / 2
@@ -362,7 +362,7 @@ def example_1_6() -> Rows:
 
 
 def gradients(f: Callable) -> list[Tensor]:
-    """Of E f(z, μ, σ) in μ = 0.7 and log σ² = −0.4, from a million z = μ + σε."""
+    """The gradients of E f(z, μ, σ) at μ = 0.7 and log σ² = −0.4, from a million z = μ + σε."""
     mu, log_var = (torch.full((1_000_000, 1), value, requires_grad=True) for value in (0.7, -0.4))
     z = LinearVAE().reparameterize(mu, log_var)
     return torch.autograd.grad(f(z, mu, (0.5 * log_var).exp()).sum(), (mu, log_var))
