@@ -43,7 +43,7 @@ def number_or_learned(text: str) -> float | str:
 
 
 MODELS = ["ddpm", "vae"]
-COUNT, NONE = number(int, 1), "not an option of this model"
+COUNT, ABSENT = number(int, 1), "not an option of this model"
 OPTIONS = [  # name, default for ddpm, for vae, values, what it is
     ("data", None, None, str, "folder of IDX files (gzipped or not) named like MNIST's, or a "
      ".pt file of a uint8 tensor (N, C, H, W); default: the MNIST beside this file"),
@@ -56,21 +56,21 @@ OPTIONS = [  # name, default for ddpm, for vae, values, what it is
     ("lr", 3e-3, 4e-3, number(float, 1e-9, 1), "peak learning rate"),
     ("seed", 0, 0, number(int, 0, 2**63 - 1), "of every random number"),
     ("channels", 16, 16, COUNT, "width of the network's first layer"),
-    ("timesteps", 1000, NONE, number(int, 2, 10**6), "length T of the chain"),
-    ("schedule", "cauchy", NONE, list(SCHEDULES), "of alpha_t"),
-    ("predict", "noise", NONE, ["noise", "image"], "what the network predicts"),
-    ("multipliers", [1, 2, 4], NONE, COUNT, "width of each level, in multiples of --channels"),
-    ("blocks", 1, NONE, COUNT, "residual blocks a level"),
-    ("attention", [], NONE, number(int, 0), "levels with attention (0 is full resolution), besides "
-     "the middle"),
-    ("dropout", 0.0, NONE, number(float, 0, 0.999), "in the residual blocks"),
-    ("fourier", [3, 5], NONE, number(int, 0, 8), "the network also sees sin and cos of 2^n pi x "
+    ("timesteps", 1000, ABSENT, number(int, 2, 10**6), "length T of the chain"),
+    ("schedule", "cauchy", ABSENT, list(SCHEDULES), "of alpha_t"),
+    ("predict", "noise", ABSENT, ["noise", "image"], "what the network predicts"),
+    ("multipliers", [1, 2, 4], ABSENT, COUNT, "width of each level, in multiples of --channels"),
+    ("blocks", 1, ABSENT, COUNT, "residual blocks a level"),
+    ("attention", [], ABSENT, number(int, 0), "levels with attention (0 is full resolution), "
+     "besides the middle"),
+    ("dropout", 0.0, ABSENT, number(float, 0, 0.999), "in the residual blocks"),
+    ("fourier", [3, 5], ABSENT, number(int, 0, 8), "the network also sees sin and cos of 2^n pi x "
      "for each n"),
-    ("latent_dim", NONE, 8, COUNT, "length of z"),
-    ("decoder_std", NONE, 0.6, number_or_learned, "sigma of p(x|z), for pixels in [-1, 1], or the "
-     "word learned"),
+    ("latent_dim", ABSENT, 8, COUNT, "length of z"),
+    ("decoder_std", ABSENT, 0.6, number_or_learned, "sigma of p(x|z), for pixels in [-1, 1], or "
+     "the word learned"),
 ]
-DEFAULTS = {model: {name: row[i] for name, *row in OPTIONS if row[i] is not NONE}
+DEFAULTS = {model: {name: row[i] for name, *row in OPTIONS if row[i] is not ABSENT}
             for i, model in enumerate(MODELS)}
 CHANGEABLE = ["data", "epochs", "steps", "device", "precision"]  # with --resume; nothing else
 # The test ELBO at the end: the number of images, and the options of the model's `bits_per_dim`.
@@ -390,7 +390,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     length = parser.add_mutually_exclusive_group()
     for name, *defaults, values, text in OPTIONS:
         for model, value in zip(MODELS, defaults):
-            if value not in (None, NONE):
+            if value not in (None, ABSENT):
                 shown = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
                 text += f"; {shown} for {model}"
         group = length if name in ("epochs", "steps") else parser
