@@ -337,10 +337,10 @@ class TestForward(Test):
         for k in (0, 1.5):
             with self.assertRaises(ValueError):
                 ddpm.elbo(x, k)
-        for network, shape in ((UNet(), (3, 28, 28)), (Fourier(UNet(5), (3, 5)), (3, 28, 28)),
-                               (UNet(), (3, 2, 28, 28))):
+        for denoiser, shape in ((UNet(), (3, 28, 28)), (Fourier(UNet(5), (3, 5)), (3, 28, 28)),
+                                (UNet(), (3, 2, 28, 28))):
             with self.assertRaisesRegex(ValueError, rf"\(B, ., H, W\).*{re.escape(str(shape))}"):
-                DDPM(network, cosine_alphas(10)).loss(torch.zeros(shape))
+                DDPM(denoiser, cosine_alphas(10)).loss(torch.zeros(shape))
 
 
 def pixel_ddpm(T, predict="noise"):
@@ -1340,8 +1340,8 @@ train.main()
                                           *options, out=out))
             state = sample.load(out / "checkpoint.pt")
             torch.manual_seed(0)
-            network, (images, _) = sample.build_model(state["config"]), train.load_images(self.data)
-            weights = list(network.parameters())
+            twin, (images, _) = sample.build_model(state["config"]), train.load_images(self.data)
+            weights = list(twin.parameters())
             ema = [w.detach().clone() for w in weights]
             adam = torch.optim.Adam(weights, betas=(0.9, 0.99))
             norms, start = [], nn.utils.parameters_to_vector(weights).detach()
@@ -1350,7 +1350,7 @@ train.main()
                 order = torch.randperm(
                     256, generator=torch.Generator().manual_seed(hash((0, epoch))))
                 torch.manual_seed(hash((0, epoch, i)))
-                loss = network.loss(images[order[32 * i:32 * i + 32]] / 127.5 - 1)
+                loss = twin.loss(images[order[32 * i:32 * i + 32]] / 127.5 - 1)
                 adam.zero_grad()
                 loss.backward()
                 norms.append(nn.utils.clip_grad_norm_(weights, 1.0).item())

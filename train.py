@@ -221,8 +221,7 @@ def total_steps(config: dict) -> int:
 
 
 class Log:
-    """What a run shows and leaves: the progress bar, metrics.csv, checkpoints and pictures. Only
-    rank 0 writes."""
+    """What a run shows and leaves: the progress bar, metrics.csv, checkpoints and pictures."""
 
     def __init__(self, config: dict, state: dict | None, out: Path):
         self.config, self.out, self.losses = config, out, []
