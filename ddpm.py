@@ -17,7 +17,6 @@ Time is 1-based as in the paper. Tables have T + 1 entries and are indexed by t 
 alpha[0] = alpha_bar[0] = 1. The paper's α_t is 1 − β_t in "Denoising Diffusion Probabilistic
 Models" (arXiv 2006.11239). `python ddpm.py` computes the section's examples and theorems.
 """
-import functools
 import math
 import sys
 import warnings
@@ -124,7 +123,7 @@ class DDPM(nn.Module):
                                                                               x_t ~ q(x_t | x_0)
 
         Thm 2.3, the first form, compares the two arrows into x_t. As printed it is not (2.17): see
-        `theorem_2_3`. Here Bayes' rule (2.20) has reversed the first arrow, and each term needs
+        its example below. Here Bayes' rule (2.20) has reversed the first arrow, and each term needs
         only one random state. Every expectation is estimated from one sample. With k, the sum over
         t is estimated, too, without bias, from k random t for each image.
         """
@@ -404,22 +403,21 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 # -------------------------------------------------- worked examples: python ddpm.py
-# A copy can do without everything below.
-
-# (what, formula, computed): each side is a number, or draws whose mean is printed. "As printed"
-# marks what stands in the paper and the computation does not confirm.
-Rows = Iterator[tuple[str, float | Tensor, float | Tensor]]
+# A copy can do without everything below. Each subsection yields rows (what, formula, computed): a
+# side is a number, or draws whose mean is printed. "As printed" marks what stands in the paper and
+# the computation does not confirm.
 
 
-class ExactDenoiser(nn.Module):
-    """The best denoiser there is, E[ε | x_t] or E[x_0 | x_t], where every pixel is drawn from a
-    mixture of Gaussians, p(x_0) = Σ_k π_k N(μ_k, σ_k²): by default the one of Ex. 2.1."""
+class ExactDDPM(DDPM):
+    """A DDPM that has nothing left to learn: every pixel is drawn from a mixture of Gaussians,
+    p(x_0) = Σ_k π_k N(μ_k, σ_k²), and the denoiser is E[ε | x_t] or E[x_0 | x_t]. The defaults are
+    those of Ex. 2.1."""
 
-    def __init__(self, alpha_bar: Tensor, predict: str, mu=(-2.0, 2.0), sigma=(0.2, 1.0)):
-        super().__init__()
+    def __init__(self, alphas: Tensor = torch.full((200,), 0.97), predict: str = "noise",
+                 clip: bool = False, mu=(-2.0, 2.0), sigma=(0.2, 1.0)):
+        super().__init__(self.exact, alphas, predict, clip)
         self.pi, self.mu, self.sigma = (
             torch.tensor(values, dtype=torch.float64) for values in ((0.3, 0.7), mu, sigma))
-        self.alpha_bar, self.predict = alpha_bar, predict
 
     def p(self, t: int | Tensor) -> MixtureSameFamily:
         """p_t(x) = Σ_k π_k N(x | √ᾱ_t μ_k, 1 − ᾱ_t + ᾱ_t σ_k²)    Ex. 2.2, (2.13)"""
@@ -428,26 +426,17 @@ class ExactDenoiser(nn.Module):
         return MixtureSameFamily(Categorical(self.pi.expand_as(variance)),
                                  Normal(alpha_bar.sqrt() * self.mu, variance.sqrt()))
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def exact(self, x_t: Tensor, t: Tensor) -> Tensor:
         """E[x_0 | x_t] = Σ_k p(k | x_t) [μ_k + √ᾱ_t σ_k² / v_k · (x_t − √ᾱ_t μ_k)],
 
         with v_k = 1 − ᾱ_t + ᾱ_t σ_k². E[ε | x_t] is the noise between E[x_0 | x_t] and x_t.
         """
-        t = t.view(-1, *[1] * (x_t.ndim - 1))
-        alpha_bar, parts, x = self.alpha_bar[t], self.p(t).component_distribution, x_t.unsqueeze(-1)
+        parts = self.p(t.view(-1, *[1] * (x_t.ndim - 1))).component_distribution
+        x, (root,) = x_t.unsqueeze(-1), self.at(t, x_t, self.alpha_bar.sqrt())
         posterior = (self.pi.log() + parts.log_prob(x)).softmax(-1)  # p(k | x_t)
-        gain = alpha_bar.sqrt().unsqueeze(-1) * self.sigma**2 / parts.variance
+        gain = root.unsqueeze(-1) * self.sigma**2 / parts.variance
         x0_hat = (posterior * (self.mu + gain * (x - parts.mean))).sum(-1)
-        noise_hat = (x_t - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
-        return noise_hat if self.predict == "noise" else x0_hat
-
-
-def exact_ddpm(T: int = 200, predict: str = "noise", clip: bool = False,
-               alphas: Tensor | None = None, **mixture) -> DDPM:
-    """A DDPM that has nothing left to learn: by default that of Ex. 2.1, with α_t = 0.97."""
-    ddpm = DDPM(None, torch.full((T,), 0.97) if alphas is None else alphas, predict, clip)
-    ddpm.denoiser = ExactDenoiser(ddpm.alpha_bar, predict, **mixture)
-    return ddpm
+        return x0_hat if self.predict == "image" else self.noise_between(x0_hat, x_t, t)
 
 
 def normal(moments: tuple[Tensor, Tensor]) -> Normal:
@@ -459,38 +448,26 @@ def ones(n: int = 1) -> Tensor:
     return torch.ones(n, dtype=torch.float64)
 
 
-@functools.cache
-def twenty_transitions() -> tuple[Tensor, Tensor, Tensor]:
-    """Ex. 2.1's mixture after 20 transitions: the parts' means and variances by (2.2), and 100,000
-    simulated pixels x_20."""
-    ddpm = exact_ddpm()
-    mixture = ddpm.denoiser
-    mean, variance, x_t = mixture.mu, mixture.sigma**2, mixture.p(0).sample((100_000,))
+def section_2_1() -> Iterator[tuple]:
+    # Ex. 2.1's mixture after 20 transitions: its parts by (2.2), and 100,000 simulated pixels.
+    ddpm = ExactDDPM()
+    mean, variance, x_t = ddpm.mu, ddpm.sigma**2, ddpm.p(0).sample((100_000,))
     for t in range(1, 21):
         (mean, added), (scale, _) = ddpm.q_transition(mean, t), ddpm.q_transition(ones(), t)
         variance = scale**2 * variance + added
         x_t = normal(ddpm.q_transition(x_t, t)).sample()
-    return mean, variance, x_t
-
-
-def example_2_1() -> Rows:
-    parts = exact_ddpm().denoiser.p(20).component_distribution
-    mean, variance, _ = twenty_transitions()
+    p_20, parts = ddpm.p(20), ddpm.p(20).component_distribution
     for k in (0, 1):
         yield (f"Ex. 2.1   t = 20, part {k + 1}: mean by (2.13) | by 20 steps of (2.2)",
                parts.mean[k], mean[k])
         yield "          variance by (2.13) | by (2.2)", parts.variance[k], variance[k]
 
-
-def theorem_2_1() -> Rows:
     x = 0 * ones(100_000)
     for _ in range(60):
         x = 0.9 * x + 0.5 * torch.randn_like(x)
     yield "Thm 2.1   b²/(1 − a²), a = 0.9, b = 0.5 | simulated variance", 0.25 / 0.19, x**2
 
-
-def theorem_2_2() -> Rows:
-    ddpm, mean, variance = exact_ddpm(), ones(), 0 * ones()
+    mean, variance = ones(), 0 * ones()
     for t in range(1, 101):
         scale, added = ddpm.q_transition(ones(), t)
         mean, variance = scale * mean, scale**2 * variance + added
@@ -498,35 +475,26 @@ def theorem_2_2() -> Rows:
     yield "Thm 2.2   t = 100: √ᾱ_t | product of 100 transitions", root, mean
     yield "          1 − ᾱ_t | variance of 100 transitions", at_once, variance
 
-
-def example_2_2() -> Rows:
-    mixture, (_, _, x_t) = exact_ddpm().denoiser, twenty_transitions()
-    p_t = mixture.p(20)
-    below = (mixture.pi * p_t.component_distribution.cdf(torch.zeros(2))).sum()
-    yield "Ex. 2.2   t = 20: mean of (2.13) | of 100,000 simulated pixels", p_t.mean, x_t
-    yield "          variance of (2.13) | of the pixels", p_t.variance, (x_t - p_t.mean)**2
+    below = (ddpm.pi * parts.cdf(torch.zeros(2))).sum()
+    yield "Ex. 2.2   t = 20: mean of (2.13) | of 100,000 simulated pixels", p_20.mean, x_t
+    yield "          variance of (2.13) | of the pixels", p_20.variance, (x_t - p_20.mean)**2
     yield "          share below 0 by (2.13) | of the pixels", below, x_t < 0
 
 
-@functools.cache
-def chains() -> tuple:
-    """20,000 chains x_0 = 0.35, x_1, …, x_T; q(x_t | x_{t−1}) and p_θ(x_{t−1} | x_t) along them;
-    log p_θ(x_0 | x_1); log [p(x_{0:T}) / q(x_{1:T} | x_0)], whose mean is the bound (2.17)."""
-    ddpm, x, q, p = exact_ddpm(), [0.35 * ones(20_000)], {}, {}
+def sections_2_2_and_2_3() -> Iterator[tuple]:
+    # 20,000 chains x_0 = 0.35, x_1, …, x_T; q(x_t | x_{t−1}) and p_θ(x_{t−1} | x_t) along them;
+    # log p_θ(x_0 | x_1); log [p(x_{0:T}) / q(x_{1:T} | x_0)], whose mean is the bound (2.17).
+    ddpm, x, q, p, white = ExactDDPM(), [0.35 * ones(20_000)], {}, {}, Normal(0.0, 1.0)
     for t in range(1, ddpm.T + 1):
         q[t] = normal(ddpm.q_transition(x[t - 1], t))
         x.append(q[t].sample())
         if t > 1:
             p[t] = normal(ddpm.p_transition(x[t], t))
     initial = log_pixel_mass(x[0], ddpm.p_transition(x[1], 1)[0], p[2].stddev)
-    bound = (initial + sum(p[t].log_prob(x[t - 1]) for t in p) + Normal(0.0, 1.0).log_prob(x[-1])
+    bound = (initial + sum(p[t].log_prob(x[t - 1]) for t in p) + white.log_prob(x[-1])
              - sum(q[t].log_prob(x[t]) for t in q))
-    return x, q, p, initial, bound
 
-
-def theorem_2_3() -> Rows:
-    (x, q, p, initial, bound), white = chains(), Normal(0.0, 1.0)
-    T = len(q)
+    T = ddpm.T
     printed = initial - kl_divergence(q[T], white) - sum(
         kl_divergence(q[t], p[t + 1]) for t in range(1, T))
     drawn = initial - (q[T].log_prob(x[T]) - white.log_prob(x[T])) - sum(
@@ -535,17 +503,12 @@ def theorem_2_3() -> Rows:
     yield ("          0 | largest distance of (2.14), with log q/p for each KL, from (2.17)", 0,
            (drawn - bound).abs().max())
 
-
-def theorem_2_4() -> Rows:
-    x, _, _, _, bound = chains()
-    terms = exact_ddpm().elbo(x[0])
+    terms = ddpm.elbo(x[0])
     yield ("Thm 2.4   (2.17), simulated from x_0 = 0.35 | (2.21), by DDPM.elbo", bound,
            terms["reconstruction"] - terms["prior_matching"] - terms["consistency"])
 
-
-def theorem_2_5() -> Rows:
     # Bayes' rule on a grid of x_{t−1}: q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0).
-    ddpm, t, grid = exact_ddpm(), 20, torch.linspace(-4, 4, 400_001, dtype=torch.float64)
+    t, grid = 20, torch.linspace(-4, 4, 400_001, dtype=torch.float64)
     weight = (normal(ddpm.q_transition(grid, t)).log_prob(0.3 * ones())
               + normal(ddpm.q_marginal(0.8 * ones(), t - 1)).log_prob(grid)).softmax(0)
     mean, variance = ddpm.q_posterior(0.3 * ones(), 0.8 * ones(), t)
@@ -555,25 +518,20 @@ def theorem_2_5() -> Rows:
     yield "          σ_q² of (2.32) | by Bayes' rule", variance, bayes
     yield "          σ_q² of (2.26) as printed, with √ᾱ_{t−1} | by Bayes' rule", printed, bayes
 
-
-def theorem_2_6() -> Rows:
-    x, _, p, _, _ = chains()
-    q_50 = normal(exact_ddpm().q_posterior(x[50], x[0], 50))
+    q_50 = normal(ddpm.q_posterior(x[50], x[0], 50))
     yield ("Thm 2.6   t = 50: ‖μ_q − μ_θ‖² / 2σ_q² | KL(q ‖ p_θ)",
            ((q_50.mean - p[50].mean)**2 / (2 * q_50.variance))[0], kl_divergence(q_50, p[50])[0])
 
 
-def theorem_2_7() -> Rows:
-    zero = DDPM(lambda x, t: torch.zeros_like(x), exact_ddpm().alpha[1:], "image")
+def section_2_4() -> Iterator[tuple]:
+    ddpm, x = ExactDDPM(), ones(100_000)
+    zero = DDPM(lambda x, t: torch.zeros_like(x), ddpm.alpha[1:], "image")
     alpha_bar = zero.alpha_bar[[1, -1]]
     snr = alpha_bar / (1 - alpha_bar)
     yield ("Thm 2.7   ½ ‖x_0‖² [snr(1) − snr(T)], snr = ᾱ/(1−ᾱ) | (2.44), t ≥ 2, x̂_θ = 0",
            0.5 * 0.35**2 * (snr[0] - snr[1]), zero.elbo(0.35 * ones())["consistency"])
     yield "(2.44)    0 | σ_q²(1), by which its t = 1 divides", 0, zero.variance_q[1]
 
-
-def training() -> Rows:
-    ddpm, x = exact_ddpm(), ones(100_000)
     x_t = ddpm.q_sample(x, 20, torch.randn(100_000))
     for t in range(1, 21):
         x = normal(ddpm.q_transition(x, t)).sample()
@@ -591,8 +549,8 @@ def distance(chain: Iterator, other: Iterator) -> Tensor:
     return (states[0] - states[1]).abs().max()
 
 
-def predicting_noise() -> Rows:
-    ddpm, image, x, t = exact_ddpm(), exact_ddpm(predict="image"), torch.randn(100).double(), 50
+def section_2_5() -> Iterator[tuple]:
+    ddpm, image, x, t = ExactDDPM(), ExactDDPM(predict="image"), torch.randn(100).double(), 50
     alpha, alpha_bar, noise_hat = ddpm.alpha[t], ddpm.alpha_bar[t], ddpm.predict_noise(x, t)
     mean = (x - (1 - alpha) / (1 - alpha_bar).sqrt() * noise_hat) / alpha.sqrt()
     yield ("(2.52)    0 | largest distance of the means of (2.52) and (2.48), t = 50", 0,
@@ -601,16 +559,15 @@ def predicting_noise() -> Rows:
            distance(ddpm.reverse_chain(x), image.reverse_chain(x)))
 
 
-def theorem_2_8() -> Rows:
+def section_2_6() -> Iterator[tuple]:
     A, covariance = torch.tensor([[1.0, 0.5], [-1.0, 2.0]]), torch.diag(torch.tensor([1.0, 0.09]))
     x = torch.randn(100_000, 2) * covariance.diag().sqrt()  # Λ⁻¹ = diag(1, 0.09)
     y = x @ A.T + 1 + 0.5 * torch.randn(100_000, 2)         # L⁻¹ = 0.25 I
     yield ("Thm 2.8   L⁻¹ + A Λ⁻¹ Aᵀ | covariance of y_1 and y_2",
            (0.25 * torch.eye(2) + A @ covariance @ A.T)[0, 1], (y - 1).prod(1))
 
-
-def theorem_2_9() -> Rows:
-    n, knows = 100_000, DDPM(lambda x, t: torch.full_like(x, 0.35), exact_ddpm().alpha[1:], "image")
+    ddpm, n = ExactDDPM(), 100_000
+    knows = DDPM(lambda x, t: torch.full_like(x, 0.35), ddpm.alpha[1:], "image")
     x = dict(knows.ddim_chain(torch.randn(n).double(), knows.T, eta=0.5))
     alpha_bar, sigma2 = knows.alpha_bar[20], 0.5**2 * knows.variance_q[21]
     rest, noise = x[20] - alpha_bar.sqrt() * 0.35, knows.predict_noise(x[21], 21)
@@ -622,16 +579,12 @@ def theorem_2_9() -> Rows:
     yield ("          1 − ᾱ_20 + σ_t², σ_t = ½ | variance by the first try, √(1 − ᾱ_20)",
            1 - alpha_bar + 0.25, first_try**2)
 
-
-def equation_2_60() -> Rows:
-    ddpm, x_T = exact_ddpm(), torch.randn(100).double()
+    x_T = torch.randn(100).double()
     yield ("(2.60)    0 | largest difference of DDIM's chain, η = 1 and every t, and DDPM's", 0,
            distance(ddpm.reverse_chain(x_T), ddpm.ddim_chain(x_T, ddpm.T)))
 
 
-EXAMPLES = (example_2_1, theorem_2_1, theorem_2_2, example_2_2, theorem_2_3, theorem_2_4,
-            theorem_2_5, theorem_2_6, theorem_2_7, training, predicting_noise, theorem_2_8,
-            theorem_2_9, equation_2_60)
+EXAMPLES = section_2_1, sections_2_2_and_2_3, section_2_4, section_2_5, section_2_6
 
 
 def main():
@@ -639,8 +592,8 @@ def main():
         sys.stdout.reconfigure(encoding="utf-8")
     torch.manual_seed(0)
     print("     formula    computed   formula | what computes it")
-    for example in EXAMPLES:
-        for what, *sides in example():
+    for section in EXAMPLES:
+        for what, *sides in section():
             formula, computed = (torch.as_tensor(x, dtype=torch.float64).mean() for x in sides)
             print(f"{formula:12.5f}{computed:12.5f}   {what}")
 

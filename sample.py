@@ -100,28 +100,24 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     return parser, parser.parse_args(argv)
 
 
-def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path]]:
+def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Path]]:
     """The trained model, z or x_T, and the files to write. Refuses by ValueError or OSError."""
+    args.checkpoint = args.checkpoint or max(
+        Path("runs").rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime, default=None)
     if args.checkpoint is None:
-        found = sorted(Path("runs").rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise ValueError("no checkpoint.pt under runs/ here: train first, with python train.py "
-                             "--model ddpm, or name a file with --checkpoint")
-        args.checkpoint = found[-1]
+        raise ValueError("no checkpoint.pt under runs/ here: train first, with python train.py "
+                         "--model ddpm, or name a file with --checkpoint")
     args.out = args.out or args.checkpoint.with_name("samples.png")
-    files = {"--out": args.out, "--chain": args.chain, "--strip": args.strip,
-             "--latent-grid": args.latent_grid}
-    files = {option: path for option, path in files.items() if path}
-    for option, path in files.items():
-        suffixes = (".png", ".pt") if option == "--out" else (".png",)
+    files = [path for path in (args.out, args.chain, args.strip, args.latent_grid) if path]
+    for path in files:
+        suffixes = (".png", ".pt") if path is args.out else (".png",)
         if path.suffix not in suffixes or not path.parent.is_dir():
-            raise ValueError(f"{option} {path}: must end in {' or '.join(suffixes)}, in a folder "
-                             "that exists")
+            raise ValueError(f"{path}: must end in {' or '.join(suffixes)}, in an existing folder")
         if (path.is_dir() or path.name == "checkpoint.pt"
                 or path.resolve() == args.checkpoint.resolve()):
-            raise ValueError(f"{option} {path}: a folder or a checkpoint is not overwritten")
-    if len({path.resolve() for path in files.values()}) < len(files):
-        raise ValueError(f"{', '.join(files)}: each needs a file of its own")
+            raise ValueError(f"{path}: a folder or a checkpoint is not overwritten")
+    if len({path.resolve() for path in files}) < len(files):
+        raise ValueError(f"{', '.join(map(str, files))}: each needs a file of its own")
     state, model = read_checkpoint(args.checkpoint)
     config = state["config"]
     for option in ("steps", "eta", "chain", "strip") if config["model"] == "vae" else (
@@ -162,7 +158,7 @@ def main(argv: list[str] | None = None):
             write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, noise.device)))])
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error))
-    print(f"wrote {', '.join(map(str, files.values()))}, from {args.checkpoint}")
+    print(f"wrote {', '.join(map(str, files))}, from {args.checkpoint}")
 
 
 # ================================================= shared with train.py: models and checkpoints
@@ -178,13 +174,13 @@ def build_model(config: dict) -> nn.Module:
         networks = conv_networks(shape, config["latent_dim"], config["channels"])
         return VAE(*networks, config["decoder_std"])
     alphas = SCHEDULES[config["schedule"]](config["timesteps"])
-    C, N, outputs = shape[0], len(config["fourier"]), 2 if config["predict"] == "noise" else 1
+    C, N, outputs = shape[0], len(config["fourier"]), 2 if config["predict"] == "both" else 1
     denoiser = Fourier(
         UNet(C * (1 + 2 * N), C * outputs, config["channels"], config["multipliers"],
              config["blocks"], config["attention"], config["dropout"]), config["fourier"])
     if outputs == 2:
         denoiser = NoiseAndImage(denoiser, alphas)
-    return DDPM(denoiser, alphas, config["predict"])
+    return DDPM(denoiser, alphas, "image" if config["predict"] == "image" else "noise")
 
 
 def draw_noise(config: dict, n: int) -> Tensor:
@@ -367,9 +363,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number from low to high. Refuses nan."""
-    def parse(text: str) -> float:
+def number(kind: type, low: float, high: float = math.inf,
+           word: str | None = None) -> Callable[[str], float | str]:
+    """An argparse type: a number from low to high, or this word. Refuses nan."""
+    def parse(text: str) -> float | str:
+        if text == word:
+            return word
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")

@@ -38,10 +38,6 @@ from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph
                     to_uint8, write_png)
 
 
-def number_or_learned(text: str) -> float | str:
-    return text if text == "learned" else number(float, 1e-6, 1e6)(text)
-
-
 MODELS = ["ddpm", "vae"]
 COUNT, ABSENT = number(int, 1), "not an option of this model"
 OPTIONS = [  # name, default for ddpm, for vae, values, what it is
@@ -58,7 +54,7 @@ OPTIONS = [  # name, default for ddpm, for vae, values, what it is
     ("channels", 16, 16, COUNT, "width of the network's first layer"),
     ("timesteps", 1000, ABSENT, number(int, 2, 10**6), "length T of the chain"),
     ("schedule", "cauchy", ABSENT, list(SCHEDULES), "of alpha_t"),
-    ("predict", "noise", ABSENT, ["noise", "image"], "what the network predicts"),
+    ("predict", "both", ABSENT, ["both", "noise", "image"], "what the network predicts"),
     ("multipliers", [1, 2, 4], ABSENT, COUNT, "width of each level, in multiples of --channels"),
     ("blocks", 1, ABSENT, COUNT, "residual blocks a level"),
     ("attention", [], ABSENT, number(int, 0), "levels with attention (0 is full resolution), "
@@ -67,8 +63,8 @@ OPTIONS = [  # name, default for ddpm, for vae, values, what it is
     ("fourier", [3, 5], ABSENT, number(int, 0, 8), "the network also sees sin and cos of 2^n pi x "
      "for each n"),
     ("latent_dim", ABSENT, 8, COUNT, "length of z"),
-    ("decoder_std", ABSENT, 0.6, number_or_learned, "sigma of p(x|z), for pixels in [-1, 1], or "
-     "the word learned"),
+    ("decoder_std", ABSENT, 0.6, number(float, 1e-6, 1e6, "learned"), "sigma of p(x|z), for pixels "
+     "in [-1, 1], or the word learned"),
 ]
 DEFAULTS = {model: {name: row[i] for name, *row in OPTIONS if row[i] is not ABSENT}
             for i, model in enumerate(MODELS)}
@@ -99,15 +95,24 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     """
     # β₂ = 0.99: the usual 0.999 averages over 1,000 steps, too slow for runs of a few thousand.
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
-    ema = copy.deepcopy(model).eval()
-    step = 0
+    ema, step, seconds = copy.deepcopy(model).eval(), 0, 0.0
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    log = Log(config, state, out)
-    cast = autocast(device, config["precision"])
+        step, seconds = state["step"], state["seconds"]
+    batch_size, total = config["batch_size"], total_steps(config)
+    steps_per_epoch = config["images"] // batch_size
+    # Pictures are drawn every so many steps: after an epoch, or after several.
+    interval = steps_per_epoch * math.ceil(total / steps_per_epoch / MAX_PICTURES)
+    start, losses, cast = time.perf_counter() - seconds, [], autocast(device, config["precision"])
+    if RANK == 0:
+        trim(out / "metrics.csv", step)
+        if state:  # a finished run that goes on gets a higher rate again
+            print(f"on from step {step:,} of {total:,}, at a learning rate of "
+                  f"{config['lr'] * lr_share(step, total):.1e}", flush=True)
+    bar = tqdm(total=total * batch_size, initial=step * batch_size, unit=" images",
+               unit_scale=True, disable=RANK > 0)
     # Every p.grad is a part of one vector, which a CUDA graph can write and ranks exchange in one
     # call.
     weights = list(model.parameters())
@@ -125,32 +130,60 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         torch.cat([part.flatten() for part in parts], out=gradient)
         return loss.detach()
 
-    with log.bar, caught_signals() as signals:
-        log.checkpoint(step, model, ema, optimizer)  # so that --resume always finds one
+    def row():
+        """In metrics.csv: the mean loss since the last row, beside this step's learning rate."""
+        mean = torch.stack(losses).mean() / RANKS
+        if RANKS > 1:
+            distributed.all_reduce(mean)
+        losses.clear()
+        check_finite(step, mean)
+        bar.set_postfix({"loss": f"{mean.item():.4f}"}, refresh=False)
+        if RANK == 0:
+            seconds = time.perf_counter() - start
+            with open(out / "metrics.csv", "a") as file:
+                print(step, f"{step / steps_per_epoch:.4f}", mean.item(), lr,
+                      f"{step * batch_size / seconds:.1f}", f"{seconds:.3f}", sep=",", file=file)
+
+    def checkpoint() -> float:
+        """What --resume and sample.py need; returns the time. Never saves a nan: even where the
+        loss is finite, its gradient may not be."""
+        check_finite(step, *weights)
+        now = time.perf_counter()
+        if RANK == 0:
+            save(out / "checkpoint.pt", {
+                "format": FORMAT, "config": config, "step": step, "seconds": now - start,
+                "model": model.state_dict(), "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict()})
+        return now
+
+    with bar, caught_signals() as signals:
+        saved = checkpoint()  # so that --resume always finds one
         signum = 0
-        while step < log.total and not signum:
-            epoch, i = divmod(step, log.steps_per_epoch)
+        while step < total and not signum:
+            epoch, i = divmod(step, steps_per_epoch)
             torch.manual_seed(hash((config["seed"], epoch, i * RANKS + RANK)))
             loss = backward(next_batch(images, config, epoch, i, device))
             if RANKS > 1:
                 distributed.all_reduce(gradient.div_(RANKS))
             nn.utils.clip_grad_norm_(weights, CLIP)
-            optimizer.param_groups[0]["lr"] = lr = config["lr"] * lr_share(step, log.total)
+            optimizer.param_groups[0]["lr"] = lr = config["lr"] * lr_share(step, total)
             optimizer.step()
             step += 1
             average = get_ema_multi_avg_fn(ema_decay(step))  # ema ← d · ema + (1 − d) · weights
             average(list(ema.parameters()), weights, 0)  # the 0 has no effect
 
-            log.add(loss)
-            picture_due = step % log.interval == 0 or step == log.total
-            if step % ROW_EVERY == 0 or step == log.total:
-                log.row(step, lr)
-            if picture_due:
-                log.pictures(step, ema, to_float(test[:32], device), cast)
+            losses.append(loss)
+            bar.update(batch_size)
+            picture_due = step % interval == 0 or step == total
+            if step % ROW_EVERY == 0 or step == total:
+                row()
+            if picture_due and RANK == 0:
+                with cast:
+                    write_pictures(out, step, ema, to_float(test[:32], device), config)
             signum = signal_of_any_rank(signals)
-            if picture_due or signum or time.perf_counter() - log.saved > SAVE_EVERY:
-                log.checkpoint(step, model, ema, optimizer)
-    return ema, step, log.total, signum
+            if picture_due or signum or time.perf_counter() - saved > SAVE_EVERY:
+                saved = checkpoint()
+    return ema, step, total, signum
 
 
 # ------------------------------------------------------------------------------ for the loop
@@ -220,65 +253,6 @@ def total_steps(config: dict) -> int:
     return config["steps"] or config["epochs"] * (config["images"] // config["batch_size"])
 
 
-class Log:
-    """What a run shows and leaves: the progress bar, metrics.csv, checkpoints and pictures."""
-
-    def __init__(self, config: dict, state: dict | None, out: Path):
-        self.config, self.out, self.losses = config, out, []
-        step, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
-        self.batch_size, self.total = config["batch_size"], total_steps(config)
-        self.steps_per_epoch = config["images"] // self.batch_size
-        # Pictures are drawn every so many steps: after an epoch, or after several.
-        self.interval = self.steps_per_epoch * math.ceil(
-            self.total / self.steps_per_epoch / MAX_PICTURES)
-        self.start = time.perf_counter() - seconds
-        if state and RANK == 0:  # a finished run that goes on gets a higher rate again
-            print(f"on from step {step:,} of {self.total:,}, at a learning rate of "
-                  f"{config['lr'] * lr_share(step, self.total):.1e}", flush=True)
-        self.bar = tqdm(total=self.total * self.batch_size, initial=step * self.batch_size,
-                        unit=" images", unit_scale=True, disable=RANK > 0)
-        if RANK == 0:
-            trim(self.out / "metrics.csv", step)
-
-    def add(self, loss: Tensor):
-        self.losses.append(loss)
-        self.bar.update(self.batch_size)
-
-    def row(self, step: int, lr: float):
-        """The mean loss since the last row, beside this step's learning rate."""
-        mean = torch.stack(self.losses).mean() / RANKS
-        if RANKS > 1:
-            distributed.all_reduce(mean)
-        self.losses.clear()
-        check_finite(step, mean)
-        self.bar.set_postfix({"loss": f"{mean.item():.4f}"}, refresh=False)
-        if RANK == 0:
-            seconds = time.perf_counter() - self.start
-            with open(self.out / "metrics.csv", "a") as file:
-                print(step, f"{step / self.steps_per_epoch:.4f}", mean.item(), lr,
-                      f"{step * self.batch_size / seconds:.1f}", f"{seconds:.3f}", sep=",",
-                      file=file)
-
-    def pictures(self, step: int, model: nn.Module, x: Tensor, cast):
-        if RANK == 0:
-            with cast:
-                for name, images in draw_pictures(model, x, self.config).items():
-                    picture = grid(to_uint8(images), columns=8)
-                    write_png(self.out / f"{name}_{step:06d}.png", [picture])
-
-    def checkpoint(self, step: int, model: nn.Module, ema: nn.Module,
-                   optimizer: torch.optim.Optimizer):
-        """What --resume and sample.py need. Never saves a nan: even where the loss is finite, its
-        gradient may not be."""
-        check_finite(step, *model.parameters())
-        self.saved = time.perf_counter()
-        if RANK == 0:
-            save(self.out / "checkpoint.pt", {
-                "format": FORMAT, "config": self.config, "step": step,
-                "seconds": self.saved - self.start, "model": model.state_dict(),
-                "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
-
-
 def check_finite(step: int, *values: Tensor):
     """FloatingPointError for a nan or inf. Here the host waits for the device."""
     if not torch.stack([value.isfinite().all() for value in values]).all():
@@ -295,17 +269,20 @@ def trim(path: Path, step: int):
 
 
 @torch.no_grad()
-def draw_pictures(model: nn.Module, x: Tensor, config: dict) -> dict[str, Tensor]:
-    """{name: images}. 64 samples from fixed noise, a batch at a time (DDPM: 50 steps of DDIM); for
-    a VAE also x, each beside its reconstruction."""
+def write_pictures(out: Path, step: int, model: nn.Module, x: Tensor, config: dict):
+    """64 samples from fixed noise, a batch at a time (DDPM: 50 steps of DDIM); for a VAE also x,
+    each beside its reconstruction."""
     torch.manual_seed(config["seed"])
     noise = draw_noise(config, 64).to(x.device).split(config["batch_size"] // RANKS)
     if config["model"] == "ddpm":
         model, steps = recorded(model), min(50, model.T)
-        return {"samples": torch.cat([model.sample(x_T, steps) for x_T in noise])}
-    pairs = torch.stack([x, model.decode(model.encode(x)[0])], dim=1)
-    return {"samples": torch.cat([model.sample(z) for z in noise]),
-            "reconstructions": pairs.flatten(0, 1)}
+        pictures = {"samples": torch.cat([model.sample(x_T, steps) for x_T in noise])}
+    else:
+        pairs = torch.stack([x, model.decode(model.encode(x)[0])], dim=1)
+        pictures = {"samples": torch.cat([model.sample(z) for z in noise]),
+                    "reconstructions": pairs.flatten(0, 1)}
+    for name, images in pictures.items():
+        write_png(out / f"{name}_{step:06d}.png", [grid(to_uint8(images), columns=8)])
 
 
 @torch.no_grad()
@@ -318,24 +295,6 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int, device: torch.de
 
 
 # ------------------------------------------------------------------------------ data
-
-
-def read_idx(path: Path) -> Tensor:
-    """An IDX file of bytes, gzipped or not, as a uint8 tensor. OSError or ValueError otherwise."""
-    try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":  # gzip, whatever the file is called
-            data = gzip.decompress(data)
-        # Two zero bytes, 8 for uint8, the number of dimensions; then each dimension's size.
-        magic, ndim = struct.unpack_from(">3sB", data)
-        shape = struct.unpack_from(f">{ndim}I", data, 4)
-        pixels = bytearray(data[4 + 4 * ndim:])
-    except (EOFError, gzip.BadGzipFile, zlib.error, struct.error) as error:
-        raise ValueError(f"{path}: not an IDX file, or a damaged one ({error})") from error
-    if magic != b"\0\0\x08" or len(pixels) != math.prod(shape) or not pixels:
-        raise ValueError(f"{path}: not an IDX file of bytes, or a damaged one: the header says "
-                         f"{shape}, and {len(pixels)} bytes follow")
-    return torch.frombuffer(pixels, dtype=torch.uint8).view(shape)
 
 
 def load_images(data: Path) -> tuple[Tensor, Tensor]:
@@ -351,7 +310,7 @@ def load_images(data: Path) -> tuple[Tensor, Tensor]:
         held_out = torch.arange(len(images)) % 32 == 0
         images, test = images[~held_out], images[held_out]
     else:
-        images, test = (read_split(data, split) for split in ("train", "t10k"))
+        images, test = (read_idx(data, split) for split in ("train", "t10k"))
     if images.shape[1:] != test.shape[1:]:
         raise ValueError(f"{data}: training images {tuple(images.shape)}, but test images "
                          f"{tuple(test.shape)}")
@@ -361,18 +320,27 @@ def load_images(data: Path) -> tuple[Tensor, Tensor]:
     return images, test
 
 
-def read_split(folder: Path, split: str) -> Tensor:
-    """The images of <split>-images-idx3-ubyte or <split>-images.idx3-ubyte, gzipped or not."""
+def read_idx(folder: Path, split: str) -> Tensor:
+    """The images of <split>-images-idx3-ubyte or <split>-images.idx3-ubyte, gzipped or not, as
+    uint8 (N, 1, H, W). OSError or ValueError otherwise."""
     found = folder.glob(f"{split}-images?idx3-ubyte*")
     path = min((path for path in found if path.is_file()), default=None)
     if path is None:
         raise ValueError(f"{folder}: no IDX file {split}-images-idx3-ubyte(.gz) there. --data "
                          "takes a folder like data/mnist, or a .pt file; the README, under Your "
                          "own images, makes one of a folder of pictures")
-    images = read_idx(path)
-    if images.ndim != 3:
-        raise ValueError(f"{path}: expected images (N, H, W), got {tuple(images.shape)}")
-    return images[:, None]
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":  # gzip, whatever the file is called
+            data = gzip.decompress(data)
+        # Two zero bytes, 8 for uint8, 3 for the number of dimensions; then N, H and W.
+        magic, *shape = struct.unpack_from(">4s3I", data)
+        pixels = bytearray(data[16:])
+        if magic != b"\0\0\x08\x03" or len(pixels) != math.prod(shape) or not pixels:
+            raise ValueError(f"the header says {magic}, {shape}, and {len(pixels)} bytes follow")
+        return torch.frombuffer(pixels, dtype=torch.uint8).view(shape)[:, None]
+    except (EOFError, gzip.BadGzipFile, zlib.error, struct.error, ValueError) as error:
+        raise ValueError(f"{path}: no IDX file of gray images, or damaged ({error})") from error
 
 
 # ------------------------------------------------------------------------------ options
@@ -433,9 +401,8 @@ def prepare(options: dict) -> tuple:
     if RANKS > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    data = Path(__file__).with_name("data") / "mnist"
-    if config["data"] is not None:
-        data = Path(config["data"])
+    mnist = Path(__file__).with_name("data") / "mnist"
+    data = mnist if config["data"] is None else Path(config["data"])
     images, test = load_images(data)
     batch_size = config["batch_size"]
     if batch_size > len(images) or batch_size % RANKS:
