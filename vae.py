@@ -2,7 +2,8 @@
 """Section 1 of the tutorial: the variational auto-encoder (VAE).
 
 Numbers (§, theorem, example, equation) are those of Stanley Chan, "Tutorial on Diffusion Models for
-Imaging and Vision" (arXiv 2403.18103), version 3, January 2025, whose order the file follows.
+Imaging and Vision" (arXiv 2403.18103), version 3, January 2025, whose order the file follows. Where
+the paper writes d for both dimensions, d is that of z here, and D that of x.
 
 Building Blocks (§1.1). An encoder turns the image x into a latent z, a decoder turns z back into
 an image, and both are distributions:
@@ -41,9 +42,9 @@ class GaussianMixture:
         if means.ndim != 2 or not weights.shape == means.shape[:1] == stds.shape:
             raise ValueError("weights, means and stds must be (K,), (K, d) and (K,), got "
                              f"{tuple(weights.shape)}, {tuple(means.shape)}, {tuple(stds.shape)}")
-        roots = stds[:, None, None] * torch.eye(means.shape[1])  # of the covariances σ_k² I
+        scale = stds[:, None, None] * torch.eye(means.shape[1])  # σ_k I
         self.p_k = Categorical(weights)
-        self.p_x_given_k = MultivariateNormal(means, scale_tril=roots)
+        self.p_x_given_k = MultivariateNormal(means, scale_tril=scale)
 
     def log_joint(self, x: Tensor) -> Tensor:
         """log p(x, k) = log π_k + log N(x | μ_k, σ_k² I) in nats: (n, d) -> (n, K)."""
@@ -70,8 +71,8 @@ class VAE(nn.Module):
     """The variational auto-encoder of §1 with any two networks; `conv_networks` makes a pair.
 
     Args:
-        encoder: x (B, …) -> (B, 2d), μ beside log σ².
-        decoder: z (B, d) -> x's shape.
+        encoder: x (B, …) -> (B, 2d, …), μ and log σ², concatenated along dim 1.
+        decoder: z (B, d, …) -> x's shape.
         decoder_std: σ_dec, on the scale of pixels in [-1, 1], a number or "learned", which makes it
             one more parameter. A small σ_dec gives sharp reconstructions but bad samples, because
             the encoded z are then far from N(0, I). A large one does the opposite.
@@ -93,15 +94,15 @@ class VAE(nn.Module):
     # -------------------------------------------------- §1.1 Building Blocks of VAE
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    (1.2): (mu, log_var), (B, d) each."""
+        """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    (1.2): (mu, log_var), (B, d, …)."""
         refuse_bytes(x)
         both = self.encoder(x).to(x.dtype)  # float32 under autocast, too
         if both.shape[1] % 2:
-            raise ValueError(f"the encoder must make (B, 2d) of x, got {tuple(both.shape)}")
+            raise ValueError(f"the encoder must make (B, 2d, …) of x, got {tuple(both.shape)}")
         return both.chunk(2, dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """f_θ(z), the mean of p_θ(x | z) = N(x | f_θ(z), σ_dec² I)    (1.3): (B, d) -> (B, …)."""
+        """f_θ(z), the mean of p_θ(x | z) = N(x | f_θ(z), σ_dec² I)    (1.3), of x's shape."""
         return self.decoder(z).to(z.dtype)
 
     @property
@@ -122,8 +123,8 @@ class VAE(nn.Module):
             reconstruction = E_{q_φ(z | x)} log p_θ(x | z)      "how good the decoder is"
             kl             = KL(q_φ(z | x) ‖ p(z))              "how good the encoder is"
 
-        The expectation is estimated from one sample of z, M = 1 in (1.31). The ELBO bounds a
-        log-density and can be positive.
+        The expectation is estimated from one sample of z, M = 1 in (1.31). This bounds a density,
+        and can be positive; the DDPM's `elbo` bounds a probability. Compare them by `bits_per_dim`.
         """
         mu, log_var = self.encode(x)
         z = self.reparameterize(mu, log_var)
@@ -132,7 +133,7 @@ class VAE(nn.Module):
     # -------------------------------------------------- §1.3 Optimization in VAE
 
     def reparameterize(self, mu: Tensor, log_var: Tensor) -> Tensor:
-        """z = μ + σ ⊙ ε, ε ~ N(0, I), (B, d)    (1.16), Ex. 1.7
+        """z = μ + σ ⊙ ε, ε ~ N(0, I), (B, d, …)    (1.16), Ex. 1.7
 
         This writes z ~ q_φ(z | x) as a function of φ and ε. The distribution of ε does not depend
         on φ, so that ∇_φ, like ∇_θ, can be moved inside the expectation.
@@ -144,12 +145,12 @@ class VAE(nn.Module):
 
         Each coordinate of z has a σ_i of its own; (1.26) has one σ_φ.
         """
-        return 0.5 * (log_var.exp() - 1 + mu.square() - log_var).sum(1)
+        return 0.5 * (log_var.exp() - 1 + mu.square() - log_var).flatten(1).sum(1)
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p_θ(x | z) = −‖x − f_θ(z)‖² / 2σ_dec² − D log (√(2π) σ_dec), (B,)    (1.29), (1.30)
 
-        The sum over the D pixels of x, each with its share of the second term.
+        D, the number of pixels of x, is in the sum: each pixel has its share of the second term.
         """
         x_hat = self.decode(z)
         if x_hat.shape != x.shape:
@@ -165,11 +166,12 @@ class VAE(nn.Module):
         terms = self.elbo(x)
         return (terms["kl"] - terms["reconstruction"]).mean() / math.prod(x.shape[1:])
 
-    forward = loss  # so that vae(x) is the loss
+    def forward(self, x: Tensor) -> Tensor:
+        return self.loss(x)  # so that vae(x) is the loss
 
     @torch.no_grad()
     def sample(self, z: Tensor) -> Tensor:
-        """x̂ = f_θ(z), for z ~ N(0, I)    Fig. 1.7: new images, (B, d) -> (B, …).
+        """x̂ = f_θ(z), for z ~ N(0, I)    Fig. 1.7: new images of x's shape.
 
         This is the mean of p_θ(x | z). A draw of x would add noise of standard deviation σ_dec.
         """
@@ -178,7 +180,8 @@ class VAE(nn.Module):
     # -------------------------------------------------- not in the paper
 
     def bits_per_dim(self, x: Tensor) -> Tensor:
-        """An upper bound on −log₂ P(x) per pixel, for 8-bit pixels: (B,).
+        """An upper bound on −log₂ P(x) for each of D = C·H·W 8-bit pixels: (B,). A pixel is the
+        value of one channel.
 
             −log P(x)  ≤  −E log [p(x + u) (2/255)^D]  ≤  −E ELBO(x + u) − D log (2/255)
 
@@ -236,7 +239,7 @@ def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
 # side is a number, or draws whose mean is printed. "As printed" marks what stands in the paper and
 # the computation does not confirm. ELBOs and KLs are in nats.
 
-# From Ex. 1.3 on, x ~ N(μ, σ² I) in d = 64 dimensions.
+# From Ex. 1.3 on, x ~ N(μ, σ² I). x and z have the same dimension, the paper's d, here D.
 D, MU, SIGMA = 64, 0.3, 0.5
 
 
@@ -384,11 +387,12 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's can't, and need not
         sys.stdout.reconfigure(encoding="utf-8")
     torch.manual_seed(0)
-    print("     formula    computed   formula | what computes it")
+    print("     formula    computed   formula | what computes it (≠: an error of the print)")
     for section in EXAMPLES:
         for what, *sides in section():
             formula, computed = (torch.as_tensor(x, dtype=torch.float64).mean() for x in sides)
-            print(f"{formula:12.5f}{computed:12.5f}   {what}")
+            mark = "≠" if "as printed" in what else " "
+            print(f"{formula:12.5f}{computed:12.5f} {mark} {what}")
 
 
 if __name__ == "__main__":
