@@ -63,8 +63,8 @@ class Attention(nn.Module):
         # (B, H·W, 3c), its last dimension contiguous: torch's fused kernels ask for that.
         tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
         q, k, v = tokens[:, None].chunk(3, dim=-1)  # one head: (B, 1, H·W, c) each
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + self.out(h.transpose(1, 2).reshape(x.shape))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]        # (B, H·W, c)
+        return x + self.out(h.transpose(1, 2).reshape(x.shape))  # back to (B, c, H, W)
 
 
 class ResidualBlock(nn.Module):
@@ -84,13 +84,14 @@ class ResidualBlock(nn.Module):
         self.attention = Attention(c_out) if attend else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        # The time shifts each of the c_out channels by one number, the same at every position.
         h = self.conv1(F.silu(self.norm1(x))) + self.shift(F.silu(time))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, c_out, H, W)
         return self.attention(self.shortcut(x) + h)
 
 
 class UNet(nn.Module):
-    """x_t (B, in_channels, H, W) and t (B,) -> (B, out_channels, H, W).
+    """x_t (B, in_channels, H, W) and t, (B,) or (), -> (B, out_channels, H, W).
 
     H and W must be divisible by 2^(levels − 1), where levels = len(multipliers).
 
@@ -131,10 +132,12 @@ class UNet(nn.Module):
 
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         levels = [(channels * m, level in attention) for level, m in enumerate(multipliers)]
-        skips = [c := channels]  # the widths of what the way up will read
+        # c is the number of channels that the layers so far put out. `skips` has that of every
+        # output on the way down, since each is read once more on the way up, the last one first.
+        skips = [c := channels]
         self.down = nn.ModuleList()
         for level, (width, attend) in enumerate(levels):
-            if level > 0:
+            if level > 0:  # to half the resolution
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
             for _ in range(blocks):
@@ -145,10 +148,10 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()
         for level, (width, attend) in reversed(list(enumerate(levels))):
-            for _ in range(blocks + 1):
+            for _ in range(blocks + 1):  # one more, for what came before the level's first block
                 self.up.append(block(c + skips.pop(), width, attend))
                 c = width
-            if level > 0:
+            if level > 0:  # to twice the resolution
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2),
                                              nn.Conv2d(c, c, 3, padding=1)))
         self.head = nn.Sequential(
@@ -156,34 +159,42 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         C = self.stem.in_channels
-        if x.ndim != 4 or x.shape[1] != C or x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise ValueError(f"images must be (B, {C}, H, W), with H and W divisible by "
-                             f"{self.stride}, got {tuple(x.shape)}")
-        time = self.time(time_embedding(t, self.channels).to(x.dtype))
-        skips = [h := self.stem(x)]
+        if x.ndim != 4 or x.shape[1] != C:
+            raise ValueError(f"x_t must be (B, {C}, H, W), got {tuple(x.shape)}")
+        if x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise ValueError(f"H and W must be divisible by {self.stride}, got {x.shape[2]} and "
+                             f"{x.shape[3]}")
+        time = time_embedding(t.expand(len(x)), self.channels)  # (B, channels)
+        time = self.time(time.to(x.dtype))                      # (B, 4 · channels)
+
+        # At level i, h is (B, channels · multipliers[i], H/2^i, W/2^i). On the way down it loses
+        # detail, level by level. So every output is kept for the way up, which joins the detail
+        # of a level to what the coarser levels have seen of the whole image.
+        skips = [h := self.stem(x)]                             # (B, channels, H, W)
         for layer in self.down:
             h = layer(h, time) if isinstance(layer, ResidualBlock) else layer(h)
             skips.append(h)
-        for layer in self.middle:
+        for layer in self.middle:                               # the coarsest level
             h = layer(h, time)
         for layer in self.up:
-            if isinstance(layer, ResidualBlock):
+            if isinstance(layer, ResidualBlock):  # (B, c_h + c_skip, …) -> (B, c_h, …)
                 h = layer(torch.cat([h, skips.pop()], dim=1), time)
             else:
                 h = layer(h)
-        return self.head(h)
+        return self.head(h)                                     # (B, out_channels, H, W)
 
 
 # -------------------------------------------------- what this repository adds
 
 
 class Fourier(nn.Module):
-    """A network that sees x_t beside its Fourier features sin(2ⁿπx_t) and cos(2ⁿπx_t), for N
-    exponents n: (1 + 2N) C input channels.
+    """A network that sees x_t, (B, C, …), beside its Fourier features sin(2ⁿπx_t) and cos(2ⁿπx_t)
+    for N exponents n: (1 + 2N) C input channels.
 
     At t = 1 of `cauchy_alphas` the noise has standard deviation 0.002, less than bfloat16 can
     resolve near ±1 (steps of 0.004). The features, computed in x_t's own precision, change 2ⁿπ
     times as fast as x_t: 100 times for n = 5 ("Variational Diffusion Models", arXiv 2107.00630).
+    FOURIER_PRICE
     """
 
     def __init__(self, network: nn.Module, exponents: Sequence[int]):
@@ -191,38 +202,36 @@ class Fourier(nn.Module):
         self.network, self.exponents = network, exponents
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        if x_t.ndim != 4:
-            raise ValueError(f"images must be (B, C, H, W), got {tuple(x_t.shape)}")
         angles = [2**n * math.pi * x_t for n in self.exponents]
         waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
         return self.network(torch.cat([x_t, *waves], dim=1), t)
 
 
 class NoiseAndImage(nn.Module):
-    """ε̂_θ from a network of two outputs, ε̂ and x̂, (B, C, H, W) -> (B, 2C, H, W):
+    """ε̂_θ from a network of two outputs, ε̂ and x̂, x_t (B, C, …) -> (B, 2C, …):
 
         ε̂_θ = [κ ᾱ_t ε̂ + √(1 − ᾱ_t) (x_t − √ᾱ_t x̂)] / (κ ᾱ_t + 1 − ᾱ_t)
 
     This is a weighted mean of two estimates of ε: ε̂, with the weight κ ᾱ_t, and the noise between
-    x̂ and x_t, with the weight 1 − ᾱ_t. In almost pure noise ε and x_t differ by a few per cent.
-    That difference is the picture, and bfloat16 would round it away. Here the network only has to
-    give x̂, and x_t is used in full precision. κ = 1 would amount to predicting the velocity (arXiv
-    2202.00512), which costs likelihood at small t; 8 was found by trial. The two outputs are from
-    "Dynamic Dual-Output Diffusion Models" (arXiv 2203.04304).
+    x̂ and x_t, with the weight 1 − ᾱ_t. In almost pure noise the picture is a few per cent of x_t,
+    of which bfloat16 keeps three or four bits. There the network only has to give x̂. κ = 1 would
+    amount to predicting the velocity (arXiv 2202.00512), which costs likelihood at small t. The two
+    outputs are from "Dynamic Dual-Output Diffusion Models" (arXiv 2203.04304). BOTH_PRICE
 
     alphas: the chain's α_1, …, α_T; with others ε̂_θ would be wrong, and `DDPM` refuses them.
     """
 
-    def __init__(self, network: nn.Module, alphas: Tensor, kappa: float = 8.0):
+    def __init__(self, network: nn.Module, alphas: Tensor | Sequence[float], kappa: float = 8.0):
         super().__init__()
-        self.network, self.alphas, self.kappa = network, alphas, kappa
+        self.network, self.kappa = network, kappa
+        self.alphas = torch.as_tensor(alphas, dtype=torch.float64)
         # (T + 1,). float32 is enough: where it rounds 1 − ᾱ_t, that weight is almost 0.
-        self.register_buffer("alpha_bar", F.pad(alphas.double().cumprod(0), (1, 0), value=1.0)
-                             .float(), persistent=False)
+        self.register_buffer("alpha_bar", F.pad(self.alphas.cumprod(0), (1, 0), value=1.0).float(),
+                             persistent=False)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         noise_hat, x0_hat = self.network(x_t, t).to(x_t.dtype).chunk(2, dim=1)
-        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        alpha_bar = self.alpha_bar[t].view(-1, *[1] * (x_t.ndim - 1))
         by_image = (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * x0_hat)
         return ((self.kappa * alpha_bar * noise_hat + by_image)
                 / (self.kappa * alpha_bar + 1 - alpha_bar))
