@@ -35,13 +35,13 @@ BATCH = 256  # images that the network draws at a time
 CHAIN_FRAMES = 60  # of the animation, at most
 STRIP_FRAMES, STRIP_IMAGES = 11, 8  # columns and rows of the film strip
 LATENT_SIDE = 12  # images along each side of the latent grid
-FORMAT = 5  # of checkpoints
+FORMAT = 6  # of checkpoints
 
 
 def draw(model: nn.Module, noise: Tensor, steps: int | None, length: int, eta: float,
          keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """z decoded, or the chain run from x_T: uint8 images (n, C, H, W). Of a DDPM also {i: the first
-    batch after i of the `length` steps}, for every i in `keep`."""
+    """z decoded, or the chain run from x_T: uint8 images (n, C, H, W); and a DDPM's film, {i: the
+    first batch after i of the `length` steps}, for i = 0 and every i in `keep`."""
     images, film, model = [], {0: to_uint8(noise[:BATCH])}, recorded(model)
     with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
         for x_T in noise.split(BATCH):
@@ -56,7 +56,7 @@ def draw(model: nn.Module, noise: Tensor, steps: int | None, length: int, eta: f
 
 
 def recorded(model: nn.Module) -> nn.Module:
-    """The same model to draw from; a DDPM's network is one launch on CUDA."""
+    """The same model to draw from; a DDPM's network is one launch on CUDA. (A VAE draws at once.)"""
     if isinstance(model, VAE):
         return model
     return DDPM(cuda_graph(model.denoiser), model.alpha[1:], model.predict, model.clip)
@@ -100,7 +100,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     return parser, parser.parse_args(argv)
 
 
-def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Path]]:
+def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path]]:
     """The trained model, z or x_T, and the files to write. Refuses by ValueError or OSError."""
     args.checkpoint = args.checkpoint or max(
         Path("runs").rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime, default=None)
@@ -108,16 +108,19 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, list[Path]]:
         raise ValueError("no checkpoint.pt under runs/ here: train first, with python train.py "
                          "--model ddpm, or name a file with --checkpoint")
     args.out = args.out or args.checkpoint.with_name("samples.png")
-    files = [path for path in (args.out, args.chain, args.strip, args.latent_grid) if path]
-    for path in files:
-        suffixes = (".png", ".pt") if path is args.out else (".png",)
+    files = {"--out": args.out, "--chain": args.chain, "--strip": args.strip,
+             "--latent-grid": args.latent_grid}
+    files = {option: path for option, path in files.items() if path}
+    for option, path in files.items():
+        suffixes = (".png", ".pt") if option == "--out" else (".png",)
         if path.suffix not in suffixes or not path.parent.is_dir():
-            raise ValueError(f"{path}: must end in {' or '.join(suffixes)}, in an existing folder")
+            raise ValueError(f"{option} {path}: must end in {' or '.join(suffixes)}, in a folder "
+                             "that exists")
         if (path.is_dir() or path.name == "checkpoint.pt"
                 or path.resolve() == args.checkpoint.resolve()):
-            raise ValueError(f"{path}: a folder or a checkpoint is not overwritten")
-    if len({path.resolve() for path in files}) < len(files):
-        raise ValueError(f"{', '.join(map(str, files))}: each needs a file of its own")
+            raise ValueError(f"{option} {path}: a folder or a checkpoint is not overwritten")
+    if len({path.resolve() for path in files.values()}) < len(files):
+        raise ValueError(f"{', '.join(files)}: each needs a file of its own")
     state, model = read_checkpoint(args.checkpoint)
     config = state["config"]
     for option in ("steps", "eta", "chain", "strip") if config["model"] == "vae" else (
@@ -156,9 +159,11 @@ def main(argv: list[str] | None = None):
             write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
         if args.latent_grid:
             write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, noise.device)))])
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except torch.OutOfMemoryError:
+        parser.error("out of memory: a smaller -n needs less")
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"wrote {', '.join(map(str, files))}, from {args.checkpoint}")
+    print(f"wrote {', '.join(map(str, files.values()))}, from {args.checkpoint}")
 
 
 # ================================================= shared with train.py: models and checkpoints
@@ -343,8 +348,10 @@ def write_png(path: Path | str, frames: list[Tensor]):
     for i, frame in enumerate(frames):  # fcTL and fdAT have one count: fcTL 0, fcTL 1, fdAT 2, …
         delay = 60 if i < len(frames) - 1 else 2000  # ms
         chunk(b"fcTL", struct.pack(">5I2H2B", max(0, 2 * i - 1), W, H, 0, 0, delay, 1000, 0, 0))
-        rows = F.pad(frame.permute(1, 2, 0).reshape(H, W * C), (1, 0))  # each after a 0: no filter
-        data = zlib.compress(bytes(rows.flatten().tolist()), 9)
+        rows = bytearray(H * (1 + W * C))  # each after a 0: no filter
+        torch.frombuffer(rows, dtype=torch.uint8).view(H, -1)[:, 1:] = (
+            frame.permute(1, 2, 0).reshape(H, W * C))
+        data = zlib.compress(rows, 9)
         if i == 0:
             chunk(b"IDAT", data)
         else:
@@ -377,6 +384,23 @@ def number(kind: type, low: float, high: float = math.inf,
     return parse
 
 
+class Terminal:
+    """stdout or stderr, of a run that goes on when the terminal is gone."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str):
+        with contextlib.suppress(OSError):
+            print(text, end="", file=self.stream, flush=True)
+
+    def flush(self):
+        pass  # after every `write`
+
+
 def run(main: Callable):
     """main() as a script."""
     # Makes glibc keep freed memory for the next layer (it learns the size from one large free, of
@@ -384,6 +408,7 @@ def run(main: Callable):
     torch.empty(31 * 2**20, dtype=torch.uint8)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's can't, and need not
         sys.stdout.reconfigure(errors="replace")  # in the name of a file
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     try:
         main()
     except KeyboardInterrupt:
