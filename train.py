@@ -40,34 +40,35 @@ from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph
 
 MODELS = ["ddpm", "vae"]
 COUNT, ABSENT = number(int, 1), "not an option of this model"
-OPTIONS = [  # name, default for ddpm, for vae, values, what it is
+# Name, default for ddpm, default for vae, values, what it is. A pair of defaults is for the CPU or
+# mps, and for CUDA: what two cores do in a quarter of an hour, and a large GPU in two minutes.
+OPTIONS = [
     ("data", None, None, str, "folder of IDX files (gzipped or not) named like MNIST's, or a "
      ".pt file of a uint8 tensor (N, C, H, W); default: the MNIST beside this file"),
-    ("epochs", None, 10, COUNT, "passes over the data"),
-    ("steps", 5600, None, COUNT, "optimiser steps, instead of --epochs"),
+    ("steps", (5600, 4000), 4680, COUNT, "optimiser steps"),
+    ("epochs", None, None, COUNT, "passes over the data, instead of --steps"),
     ("device", "auto", "auto", str, "cpu, cuda, cuda:N, mps or auto: CUDA where there is one"),
     ("precision", "auto", "auto", ["auto", "fp32", "bf16"], "auto is bf16 autocast on hardware "
      "that has bf16"),
-    ("batch_size", 40, 128, COUNT, "images in a step, of all devices together"),
-    ("lr", 3e-3, 4e-3, number(float, 1e-9, 1), "peak learning rate"),
+    ("batch_size", (40, 256), 128, COUNT, "images in a step, of all devices together"),
+    ("lr", (3e-3, 1e-3), 4e-3, number(float, 1e-9, 1), "peak learning rate"),
     ("seed", 0, 0, number(int, 0, 2**63 - 1), "of every random number"),
-    ("channels", 16, 16, COUNT, "width of the network's first layer"),
+    ("channels", (16, 64), 16, COUNT, "width of the network's first layer"),
     ("timesteps", 1000, ABSENT, number(int, 2, 10**6), "length T of the chain"),
     ("schedule", "cauchy", ABSENT, list(SCHEDULES), "of alpha_t"),
-    ("predict", "both", ABSENT, ["both", "noise", "image"], "what the network predicts"),
+    ("predict", "both", ABSENT, ["both", "noise", "image"], "what the network puts out: both, the "
+     "noise (section 2.5) or the image (2.4)"),
     ("multipliers", [1, 2, 4], ABSENT, COUNT, "width of each level, in multiples of --channels"),
     ("blocks", 1, ABSENT, COUNT, "residual blocks a level"),
     ("attention", [], ABSENT, number(int, 0), "levels with attention (0 is full resolution), "
      "besides the middle"),
     ("dropout", 0.0, ABSENT, number(float, 0, 0.999), "in the residual blocks"),
     ("fourier", [3, 5], ABSENT, number(int, 0, 8), "the network also sees sin and cos of 2^n pi x "
-     "for each n"),
+     "for each n; none without a number"),
     ("latent_dim", ABSENT, 8, COUNT, "length of z"),
     ("decoder_std", ABSENT, 0.6, number(float, 1e-6, 1e6, "learned"), "sigma of p(x|z), for pixels "
      "in [-1, 1], or the word learned"),
 ]
-DEFAULTS = {model: {name: row[i] for name, *row in OPTIONS if row[i] is not ABSENT}
-            for i, model in enumerate(MODELS)}
 CHANGEABLE = ["data", "epochs", "steps", "device", "precision"]  # with --resume; nothing else
 # The test ELBO at the end: the number of images, and the options of the model's `bits_per_dim`.
 EVALUATION = {"ddpm": (256, {"k": 20}), "vae": (10_000, {})}
@@ -90,8 +91,9 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     """Train the model as configured, from the start or from a checkpoint's state: returns its EMA,
     the steps taken, their total, and the number of the signal that stopped it, or 0.
 
-    images, test: uint8 (N, C, H, W). Raises OSError if a file can't be written, and
-    FloatingPointError before a row or a checkpoint would hold a nan or inf.
+    config: the options by name, "model", "images" (how many) and "image_shape". images, test: uint8
+    (N, C, H, W). Raises OSError if a checkpoint can't be written, and FloatingPointError before a
+    row or a checkpoint would hold a nan or inf.
     """
     # β₂ = 0.99: the usual 0.999 averages over 1,000 steps, too slow for runs of a few thousand.
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
@@ -106,11 +108,9 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     # Pictures are drawn every so many steps: after an epoch, or after several.
     interval = steps_per_epoch * math.ceil(total / steps_per_epoch / MAX_PICTURES)
     start, losses, cast = time.perf_counter() - seconds, [], autocast(device, config["precision"])
-    if RANK == 0:
-        trim(out / "metrics.csv", step)
-        if state:  # a finished run that goes on gets a higher rate again
-            print(f"on from step {step:,} of {total:,}, at a learning rate of "
-                  f"{config['lr'] * lr_share(step, total):.1e}", flush=True)
+    if RANK == 0 and state:  # the rate is of interest where a finished run goes on: it rises again
+        print(f"on from step {step:,} of {total:,}, at a learning rate of "
+              f"{config['lr'] * lr_share(step, total):.1e}", flush=True)
     bar = tqdm(total=total * batch_size, initial=step * batch_size, unit=" images",
                unit_scale=True, disable=RANK > 0)
     # Every p.grad is a part of one vector, which a CUDA graph can write and ranks exchange in one
@@ -123,7 +123,8 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
 
     @cuda_graph
     def backward(x: Tensor) -> Tensor:
-        """The loss of a batch; its gradient goes into `gradient`."""
+        """`loss = model(x); loss.backward()`, as a function that a CUDA graph can record: the
+        gradient goes into `gradient`."""
         with cast:  # entered here, it casts the weights anew at every step
             loss = model(x)  # DDPM.loss or VAE.loss
         parts = torch.autograd.grad(loss, weights)
@@ -140,7 +141,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         bar.set_postfix({"loss": f"{mean.item():.4f}"}, refresh=False)
         if RANK == 0:
             seconds = time.perf_counter() - start
-            with open(out / "metrics.csv", "a") as file:
+            with warned(), open(out / "metrics.csv", "a") as file:
                 print(step, f"{step / steps_per_epoch:.4f}", mean.item(), lr,
                       f"{step * batch_size / seconds:.1f}", f"{seconds:.3f}", sep=",", file=file)
 
@@ -157,11 +158,16 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         return now
 
     with bar, caught_signals() as signals:
+        if RANK == 0:
+            if not state:  # of two runs that start at once, the file system refuses one here
+                (out / "checkpoint.pt").touch(exist_ok=False)
+            with warned():
+                trim(out / "metrics.csv", step)
         saved = checkpoint()  # so that --resume always finds one
         signum = 0
         while step < total and not signum:
             epoch, i = divmod(step, steps_per_epoch)
-            torch.manual_seed(hash((config["seed"], epoch, i * RANKS + RANK)))
+            torch.manual_seed(hash((config["seed"], epoch, i * RANKS + RANK)))  # see next_batch
             loss = backward(next_batch(images, config, epoch, i, device))
             if RANKS > 1:
                 distributed.all_reduce(gradient.div_(RANKS))
@@ -178,7 +184,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
             if step % ROW_EVERY == 0 or step == total:
                 row()
             if picture_due and RANK == 0:
-                with cast:
+                with warned(), cast:
                     write_pictures(out, step, ema, to_float(test[:32], device), config)
             signum = signal_of_any_rank(signals)
             if picture_due or signum or time.perf_counter() - saved > SAVE_EVERY:
@@ -204,8 +210,9 @@ def ema_decay(step: int) -> float:
 def next_batch(images: Tensor, config: dict, epoch: int, i: int, device: torch.device) -> Tensor:
     """This rank's share of the epoch's i-th batch, in [-1, 1], on the device.
 
-    The order, like the seed of a step, depends only on --seed and on the place in the run, so a
-    resumed run draws what the uninterrupted one would have drawn.
+    The order, like the seed of a step, depends only on --seed and on the place in the run (a hash
+    of integers is the same in every process), so a resumed run draws what the uninterrupted one
+    would have drawn.
     """
     batch_size = config["batch_size"]
     order = shuffled(len(images), hash((config["seed"], epoch)), images.device)
@@ -220,16 +227,30 @@ def shuffled(n: int, seed: int, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
+def warned() -> Iterator[None]:
+    """A file of a run that can't be written costs one line, not the run."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"train.py: warning: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list; the same signal again kills the process."""
-    signals, before = [], {}
+    """Collects SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP in a list. The same
+    signal again kills the process, except for SIGHUP, which a closed terminal may send twice."""
+    signals, before, hangup = [], {}, getattr(signal, "SIGHUP", None)  # Windows has none
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        caught.append(hangup)
 
     def on_signal(signum, frame):
         signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        if signum != hangup:
+            signal.signal(signum, signal.SIG_DFL)
 
     with contextlib.suppress(ValueError):  # only the main thread can catch signals
-        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, on_signal) for s in caught}
     try:
         yield signals
     finally:
@@ -356,31 +377,47 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--resume", help="go on with the run in --out", action="store_true")
     length = parser.add_mutually_exclusive_group()
     for name, *defaults, values, text in OPTIONS:
-        for model, value in zip(MODELS, defaults):
-            if value not in (None, ABSENT):
-                shown = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
-                text += f"; {shown} for {model}"
+        shown = {model: show(value) for model, value in zip(MODELS, defaults)
+                 if value not in (None, ABSENT)}
+        if len(shown) == 2 and len(set(shown.values())) == 1:
+            shown = {"both": shown["vae"]}
         group = length if name in ("epochs", "steps") else parser
-        group.add_argument(f"--{name.replace('_', '-')}", help=text,
+        group.add_argument(f"--{name.replace('_', '-')}",
+                           help="; ".join([text, *(f"{shown[key]} for {key}" for key in shown)]),
                            nargs="*" if isinstance(defaults[0], list) else None,
                            **{"choices" if isinstance(values, list) else "type": values})
     return parser, vars(parser.parse_args(argv))
 
 
-def configure(options: dict, saved: dict | None) -> dict:
-    """What defines a run and is kept in its checkpoint: these options over the model's defaults, or
-    over those of the saved run, of which only some may change. Raises ValueError."""
-    defaults = {"model": options["model"], **DEFAULTS[options["model"]]}
+def show(default) -> str:
+    """A default as --help has it."""
+    if isinstance(default, tuple):
+        return "{} (on CUDA {})".format(*default)
+    return " ".join(map(str, default)) or "none" if isinstance(default, list) else str(default)
+
+
+def defaults(model: str, device_type: str) -> dict:
+    """The options of a new run of this model on a device of this type."""
+    values = {name: row[MODELS.index(model)] for name, *row in OPTIONS}
+    return {"model": model, **{
+        name: value[device_type == "cuda"] if isinstance(value, tuple) else value
+        for name, value in values.items() if value is not ABSENT}}
+
+
+def configure(options: dict, saved: dict | None, device_type: str) -> dict:
+    """What defines a run and is kept in its checkpoint: these options over the defaults, or over
+    those of the saved run, of which only some may change. Raises ValueError."""
+    new = defaults(options["model"], device_type)
     for name, value in {"model": options["model"], **options}.items():  # the model decides the rest
         flag = f"--{name.replace('_', '-')}"
-        if name not in defaults:
+        if name not in new:
             raise ValueError(f"{flag} is not an option of --model {options['model']}")
         if saved and name not in CHANGEABLE and value != saved[name]:
             raise ValueError(f"{flag} {value}: this run began with {saved[name]}, and only "
                              f"--{', --'.join(CHANGEABLE)} may change")
     if "epochs" in options or "steps" in options:  # one replaces the other
         options = {"epochs": None, "steps": None, **options}
-    return {**(saved or defaults), **options}
+    return {**(saved or new), **options}
 
 
 # ------------------------------------------------------------------------------ command line
@@ -396,8 +433,9 @@ def prepare(options: dict) -> tuple:
                          "another folder starts a new one")
     if resume:
         state, _ = read_checkpoint(checkpoint)
-    config = configure(options, state and state["config"])
-    device = pick_device(config["device"])
+    saved = state and state["config"]
+    device = pick_device({"device": "auto", **(saved or {}), **options}["device"])
+    config = configure(options, saved, device.type)
     if RANKS > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
@@ -406,8 +444,8 @@ def prepare(options: dict) -> tuple:
     images, test = load_images(data)
     batch_size = config["batch_size"]
     if batch_size > len(images) or batch_size % RANKS:
-        raise ValueError(f"--batch-size {batch_size}: must be at most {len(images)}, the images in "
-                         f"{data}, and divisible by {RANKS}, the number of processes")
+        raise ValueError(f"--batch-size {batch_size}: must be at most {len(images)}, the training "
+                         f"images in {data}, and divisible by {RANKS}, the number of processes")
     shape = {"images": len(images), "image_shape": list(images.shape[1:])}
     if state and config != {**config, **shape}:
         raise ValueError(f"--data {data}: {len(images)} images {shape['image_shape']}, "
@@ -441,12 +479,17 @@ def main(argv: list[str] | None = None):
         print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
               f"{'x'.join(map(str, config['image_shape']))}, on {device}"
               + (f" and {RANKS - 1} more" if RANKS > 1 else ""), flush=True)
+        if images.max() < 128:
+            print(f"train.py: warning: the brightest pixel is {images.max()} of 255: scale data of "
+                  "another range to 0..255, or little is learned", file=sys.stderr)
     try:
         ema, step, total, signum = train(*arguments)
     except FloatingPointError as error:
         parser.error(str(error))
-    except (OSError, torch.OutOfMemoryError) as error:
+    except OSError as error:
         parser.error(f"{error}; --resume goes on from the last checkpoint, if there is one")
+    except torch.OutOfMemoryError:
+        parser.error("out of memory: start again with a smaller --batch-size, in another --out")
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()
@@ -462,9 +505,11 @@ def main(argv: list[str] | None = None):
         torch.manual_seed(config["seed"])
         bits = evaluate(recorded(ema), test[:n], config["batch_size"] // RANKS, device, evaluation)
         nats = bits * math.log(2) * math.prod(config["image_shape"])
-        print(f"test ELBO {-nats:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
-              + "".join(f", {k} random t each" for k in evaluation.values())
-              + f"); to sample: python sample.py --checkpoint {folder}/checkpoint.pt")
+        result = (f"test ELBO {-nats:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
+                  + "".join(f", {k} random t each" for k in evaluation.values()) + ")")
+        with warned():
+            (out / "result.txt").write_text(f"{result}\n")
+        print(f"{result}; to sample: python sample.py --checkpoint {folder}/checkpoint.pt")
     if signum:
         sys.exit(128 + signum)
 
