@@ -118,8 +118,10 @@ class TestExamples(Test):
                         contextlib.redirect_stdout(output):
                     section.main()
                 output.seek(0)
-                lines = output.read().splitlines()[1:]
+                head, *lines = output.read().splitlines()
                 self.assertEqual([line[27:] for line in lines], [row[0] for row in rows(section)])
+                for line in (head, *lines):  # errors of the print are marked
+                    self.assertEqual("≠" in line, "print" in line, line)
 
 
 # ------------------------------------------------------------------------------ section 1
@@ -191,6 +193,19 @@ class TestVAE(Test):
             vae = VAE(lambda x: torch.zeros(len(x), 2), lambda z: torch.full_like(x, 0.2), std)
             self.assertGreater(vae.bits_per_dim(x).mean(), 0.25)  # log₂ √(2πe/12), the best of all
 
+    def test_latents_of_any_shape(self):
+        # The sums are over all that is not the batch. Here q(z | x) = N(0.5, e²) and p(x | z) = N(z).
+        for shape in ((4,), (4, 6), (4, 3, 5), (4, 2, 3, 5)):
+            vae = VAE(lambda x: torch.cat([0 * x + 0.5, 0 * x + 2], dim=1), lambda z: z, 1.0)
+            for B in (4, 7):
+                x, d = torch.rand(B, *shape), math.prod(shape)
+                kl = kl_divergence(Normal(0.5, math.e), Normal(0.0, 1.0)).item()
+                self.assertClose(vae.elbo(x)["kl"], torch.full((B,), d * kl), rtol=1e-5)
+                density = Normal(x, 1.0).log_prob(-x).sum(tuple(range(1, x.ndim)))
+                self.assertClose(vae.log_likelihood(x, -x), density, rtol=1e-5)
+                self.assertEqual(vae.bits_per_dim(x).shape, (B,))
+                self.assertEqual(vae.loss(x).shape, ())
+
     def test_the_networks_by_hand(self):
         encoder, decoder = map(random_weights, conv_networks((2, 9, 12), latent_dim=3, channels=8))
         nn.init.normal_(encoder[9].weight, std=20)  # large outputs, too
@@ -258,11 +273,27 @@ class TestSchedules(Test):
         for schedule, first in ((linear_alphas, 10), (cosine_alphas, 10), (cauchy_alphas, 2)):
             for T in [*range(first, 100), 500, 1000, 4000]:
                 ddpm = DDPM(None, schedule(T))
-                self.assertLess(ddpm.alpha_bar[T], 1e-3)
+                self.assertLess(ddpm.alpha_bar[T], 0.06 if T < 20 else 0.011 if T < 1000 else 1e-3)
+
+    def test_a_short_chain_by_cauchy_is_as_good_as_one_by_cosine(self):
+        # For an exact denoiser: its bound, to a tenth, and the variance of its samples.
+        for T in (20, 27, 60, 130, 400):
+            bits, variances = [], []
+            for schedule in (cauchy_alphas, cosine_alphas):
+                ddpm = ExactDDPM(schedule(T), clip=True, mu=(-0.7, 0.6), sigma=(0.05, 0.1))
+                x_0 = (ddpm.p(0).sample((4000,)).clamp(-1, 1) * 127.5).round() / 127.5
+                bits.append(ddpm.bits_per_dim(x_0, k=min(T, 100)).mean())
+                if T == 20:
+                    variances.append(ddpm.sample(torch.randn(50_000).double()).var())
+            self.assertLess(bits[0], 1.1 * bits[1], T)
+            if T == 20:
+                self.assertGreater(variances[0], 0.985 * variances[1])
 
     def test_a_schedule_that_can_not_be_meant(self):
-        for wrong in ([0.5], [0.5, 1.0], [0.5, 0.0, 0.5], [0.5, math.nan, 0.5], [[0.5, 0.5]]):
-            self.assertRaisesRegex(ValueError, "between 0 and 1", DDPM, None, torch.tensor(wrong))
+        for wrong, got in (([0.5], r"\(1,\)"), ([0.5, 1.0], "1.0"), ([0.5, 0.0, 0.5], "0.0"),
+                           ([0.5] * 999 + [math.nan], "nan"), ([[0.5, 0.5]], r"\(1, 2\)")):
+            with self.assertRaisesRegex(ValueError, rf"between 0 and 1, got {got}\Z"):
+                DDPM(None, wrong)
         for T in (100, 1000):
             for schedule in (linear_alphas, cosine_alphas, cauchy_alphas):
                 for wrong in (1 - schedule(T), schedule(T).cumprod(0)):  # β_t, ᾱ_t
@@ -273,6 +304,11 @@ class TestSchedules(Test):
                 DDPM(None, 1 - torch.linspace(1e-4, 0.02, T))
         unet = NoiseAndImage(UNet(1, 2, 8, (1,)), cosine_alphas(10))
         self.assertRaisesRegex(ValueError, "other alphas", DDPM, unet, linear_alphas(10))
+        # A list is as good as a tensor of float64; no table has a nan.
+        ddpm = DDPM(NoiseAndImage(UNet(1, 2, 8, (1,)), linear_alphas(10).tolist()),
+                    linear_alphas(10).tolist())
+        self.assertSame(ddpm.alpha[1:], linear_alphas(10))
+        self.assertSame(ddpm.variance_q[:2], torch.zeros(2).double())
 
 
 class TestForward(Test):
@@ -304,6 +340,8 @@ class TestForward(Test):
         for t in (0, 11, -1, torch.tensor([1, 2, 0]), torch.tensor([1, 2]), 1.5, math.nan):
             with self.assertRaisesRegex(ValueError, "t must be in 1..10", msg=f"t = {t}"):
                 ddpm.q_marginal(x, t)
+        with self.assertRaisesRegex(ValueError, r"got 11\Z"):  # not all 256
+            ddpm.q_marginal(torch.zeros(256), torch.arange(256) + 3)
         for dtype in (torch.uint8, torch.int32):  # an index of bytes would be a mask
             t = torch.tensor([1, 5, 10])
             self.assertClose(ddpm.q_marginal(x, t.to(dtype))[1], ddpm.q_marginal(x, t)[1])
@@ -311,6 +349,8 @@ class TestForward(Test):
             self.assertRaisesRegex(ValueError, "uint8", method, x.byte())
         for dtype in (torch.bfloat16, torch.float16):
             self.assertRaisesRegex(ValueError, str(dtype), ddpm.elbo, x.to(dtype))
+        for value in (2, math.nan):
+            self.assertRaisesRegex(ValueError, f"up to {value}", ddpm.elbo, x - value)
         with self.assertRaisesRegex(ValueError, "denoiser made"):
             DDPM(lambda x, t: x[:, :, :1], cosine_alphas(10)).loss(x)
         self.assertRaisesRegex(ValueError, "'x'", DDPM, None, cosine_alphas(10), predict="x")
@@ -318,10 +358,9 @@ class TestForward(Test):
             self.assertRaises(ValueError, ddpm.sample, x, steps, eta)
         for k in (0, 1.5):
             self.assertRaises(ValueError, ddpm.elbo, x, k)
-        for denoiser, shape in ((UNet(), (3, 28, 28)), (Fourier(UNet(5), (3, 5)), (3, 28, 28)),
-                                (UNet(), (3, 2, 28, 28))):
-            with self.assertRaisesRegex(ValueError, rf"\(B, ., H, W\).*{re.escape(str(shape))}"):
-                DDPM(denoiser, cosine_alphas(10)).loss(torch.zeros(shape))
+        for shape in (3, 28, 28), (3, 2, 28, 28):
+            with self.assertRaisesRegex(ValueError, rf"\(B, 1, H, W\).*{re.escape(str(shape))}"):
+                DDPM(UNet(), cosine_alphas(10)).loss(torch.zeros(shape))
 
 
 def pixel_ddpm(T, predict="noise"):
@@ -330,6 +369,14 @@ def pixel_ddpm(T, predict="noise"):
 
 
 class TestLoss(Test):
+    def test_a_loss_of_ones_own_is_the_one_that_is_called(self):
+        for base, networks in ((VAE, (None, None)), (DDPM, (None, cosine_alphas(10)))):
+            class Own(base):
+                def loss(self, x):
+                    return 7 * x
+
+            self.assertEqual(Own(*networks)(torch.ones(())), 7)
+
     def test_every_t_is_as_likely(self):
         seen = []
         ddpm = DDPM(lambda x, t: seen.append(t) or x, cosine_alphas(20))
@@ -392,6 +439,18 @@ class TestMixture(Test):
             self.assertClose(x.mean(), data.mean, atol=5 * (data.variance / 20_000)**0.5)
             self.assertClose(x.var(), data.variance, rtol=0.03)
 
+    def test_a_chain_goes_on_from_the_tensor_that_it_yielded(self):
+        ddpm, x_T = pixel_ddpm(20, "image"), torch.randn(5).double()
+        for chain in ddpm.reverse_chain(x_T), ddpm.ddim_chain(x_T, 20, eta=1.0):
+            for t, x_t in chain:
+                torch.manual_seed(t)
+                if t > 0:
+                    x_t.copy_(ddpm.q_sample(0.35 * section_2.ones(5), t, 0 * x_T))
+                    expected, variance = ddpm.p_transition(x_t, t)
+                    expected = expected + variance.sqrt() * torch.randn(5).double()
+                    torch.manual_seed(t)
+            self.assertClose(x_t, expected)
+
     def test_no_graph_grows_along_a_chain(self):
         ddpm, x_T = DDPM(small_unet(), cosine_alphas(5)), torch.randn(1, 1, 8, 8)
         values = [x for chain in (ddpm.reverse_chain(x_T), ddpm.ddim_chain(x_T, 3))
@@ -450,12 +509,12 @@ class TestElbo(Test):
         self.assertMean(ddpm.bits_per_dim(x) + elbo / (4 * math.log(2)), 0)
 
     def test_estimate_from_k_times_is_unbiased(self):
-        # x_0 ~ N(0, 1) and its exact denoiser: each term is as large as t is likely, on average.
+        # x_0 = ±1 and the best linear denoiser: each term is as large as t is likely, on average.
         ddpm = DDPM(lambda x, t: x * (1 - ddpm.alpha_bar[t]).sqrt().view(-1, 1), cosine_alphas(20),
                     clip=False)
-        x_0 = torch.randn(20_000, 4, dtype=torch.float64)
+        x_0 = torch.randn(20_000, 4, dtype=torch.float64).sign()
         snr = ddpm.alpha_bar[1:] / (1 - ddpm.alpha_bar[1:])
-        # (2.43), with Var[x_0 | x_t] = 1 − ᾱ_t, for 4 numbers.
+        # (2.43), with E (x̂_θ − x_0)² = 1 − ᾱ_t, for 4 numbers.
         terms = 4 * 0.5 * (snr[:-1] - snr[1:]) * (1 - ddpm.alpha_bar[2:])
         for k in (None, 1, 3):
             self.assertMean(ddpm.elbo(x_0, k)["consistency"], terms.sum())
@@ -487,8 +546,9 @@ class TestMeta(Test):
                 for y in (ddpm.q_sample(x, t, x), ddpm.predict_x0(x, t), ddpm.predict_noise(x, t),
                           ddpm.noise_between(x, x, t), ddpm.score(x, t)):
                     self.assertEqual((y.shape, y.device.type), (x.shape, "meta"))
-            for k in (None, 2):
-                self.assertEqual(ddpm.bits_per_dim(x, k).shape, (3,))
+            with mock.patch.object(torch.Tensor, "__bool__", lambda in_range: True):
+                for k in (None, 2):
+                    self.assertEqual(ddpm.bits_per_dim(x, k).shape, (3,))
             for steps in (None, 4):
                 self.assertEqual(ddpm.sample(x, steps).shape, x.shape)
 
@@ -585,6 +645,7 @@ class TestUNet(Test):
             gradients = torch.autograd.grad(output.square().mean(), list(unet.parameters()))
             for a, b in zip((output, *gradients), unet_by_hand(unet, x, t, *shape), strict=True):
                 self.assertLess((a - b).norm(), 1e-3 * b.norm())
+            self.assertClose(unet(x, t[1]), unet(x, t[1].repeat(3)))  # as others pass t
 
     def test_what_starts_at_zero(self):
         # A zero anywhere else can keep a branch dead for ever.
@@ -616,7 +677,7 @@ class TestUNet(Test):
                           dict(multipliers=(1, 0)), dict(attention=(3,)), dict(attention=(-1,))):
             value = next(iter(arguments.values()))
             self.assertRaisesRegex(ValueError, re.escape(str(value)), UNet, **arguments)
-        with self.assertRaisesRegex(ValueError, "divisible by 4.*30, 28"):
+        with self.assertRaisesRegex(ValueError, "divisible by 4, got 30 and 28"):
             UNet()(torch.zeros(1, 1, 30, 28), torch.ones(1))
 
 
@@ -630,13 +691,19 @@ class TestAdditions(Test):
         expected = torch.cat([x, *[part for z in waves for part in (z.imag, z.real)]], dim=1)
         self.assertClose(Fourier(lambda h, t: h * t, (3, 5))(x, 2), 2 * expected, atol=1e-4)
         self.assertSame(Fourier(lambda h, t: h, ())(x, 2), x)
+        signal = Fourier(lambda h, t: h, (3,))(x[:, :, 0], 2)
+        self.assertSame(signal, Fourier(lambda h, t: h, (3,))(x, 2)[:, :, 0])
 
     def test_an_epsilon_put_together_from_two(self):
         # What is right, in either half, is right in ε̂_θ: at small t of ε̂, at large t of x̂.
         alphas, t = cauchy_alphas(100), torch.tensor([1, 40, 100])
-        x_0, noise, ddpm = 3 * torch.rand(3, 1, 8, 8), torch.randn(3, 1, 8, 8), DDPM(None, alphas)
-        x_t, snr = ddpm.q_sample(x_0, t, noise), ddpm.alpha_bar[t] / (1 - ddpm.alpha_bar[t])
-        for options, kappa in ({}, 8), ({"kappa": 3}, 3):
+        ddpm = DDPM(None, alphas)
+        snr = ddpm.alpha_bar[t] / (1 - ddpm.alpha_bar[t])
+        # Of images and signals, also where B, C and their length are equal.
+        for shape, options, kappa in (((3, 1, 8, 8), {}, 8), ((3, 1, 8, 8), {"kappa": 3}, 3),
+                                      ((3, 3, 3), {}, 8), ((3, 3, 2, 2, 2), {}, 8), ((3, 3), {}, 8)):
+            x_0, noise = 3 * torch.rand(shape), torch.randn(shape)
+            x_t = ddpm.q_sample(x_0, t, noise)
 
             def combine(noise_hat):
                 both = torch.cat([noise_hat, x_0], dim=1)
@@ -644,25 +711,28 @@ class TestAdditions(Test):
                                      **options)(x_t, t)
 
             self.assertClose(combine(noise), noise, rtol=1e-4, atol=1e-4)
-            share = (kappa * snr / (1 + kappa * snr)).view(3, 1, 1, 1).expand(x_t.shape)
+            share = (kappa * snr / (1 + kappa * snr)).view(3, *[1] * (len(shape) - 1)).expand(shape)
             self.assertClose(combine(noise + 1) - noise, share, rtol=1e-3, atol=1e-4)
 
     def test_a_model_is_what_its_options_say(self):
-        options = {**train.DEFAULTS["ddpm"], "model": "ddpm", "image_shape": [3, 32, 32],
-                   "timesteps": 50, "predict": "image", "fourier": [], "channels": 128,
+        options = {**train.defaults("ddpm", "cpu"), "model": "ddpm", "image_shape": [3, 32, 32],
+                   "timesteps": 50, "predict": "noise", "fourier": [], "channels": 128,
                    "multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [1], "dropout": 0.1}
         for name, schedule in (("cauchy", cauchy_alphas), ("cosine", cosine_alphas),
                                ("linear", linear_alphas)):
             ddpm = sample.build_model({**options, "schedule": name})
             self.assertSame(ddpm.alpha[1:], schedule(50))
-        self.assertEqual(ddpm.predict, "image")
+        for predict, output in (("noise", "noise"), ("image", "image"), ("both", "noise")):
+            small = sample.build_model({**options, "predict": predict, "channels": 4})
+            self.assertEqual(small.predict, output)
+            self.assertEqual(isinstance(small.denoiser, NoiseAndImage), predict == "both")
         self.assertEqual({m.p for m in ddpm.modules() if isinstance(m, nn.Dropout)}, {0.1})
         # arXiv 2006.11239's, for CIFAR-10
         self.assertEqual(sum(p.numel() for p in ddpm.parameters()), 35_746_307)
 
     def test_the_default_network(self):
         # A fresh one knows nothing: ε̂ = x̂ = 0, so ε̂_θ = √(1 − ᾱ_t) x_t / (κ ᾱ_t + 1 − ᾱ_t).
-        config = {"model": "ddpm", "image_shape": [1, 28, 28], **train.DEFAULTS["ddpm"]}
+        config = {"model": "ddpm", "image_shape": [1, 28, 28], **train.defaults("ddpm", "cpu")}
         ddpm = sample.build_model(config)
         self.assertEqual(sum(p.numel() for p in ddpm.parameters()), 637_186)
         alpha_bar = ddpm.alpha_bar[1:]
@@ -865,8 +935,9 @@ class CommandTest(FileTest):
                 main(list(map(str, arguments)))
             except SystemExit as stop:
                 code = stop.code
-        self.assertEqual(code, status, errors.getvalue())
-        return errors.getvalue() if status == 2 else output.getvalue()
+        self.errors = errors.getvalue()
+        self.assertEqual(code, status, self.errors)
+        return self.errors if status == 2 else output.getvalue()
 
     def assertMistake(self, script, arguments, expected):
         """It ends with status 2 and one line that says what is expected. Two mistakes are also made
@@ -933,6 +1004,26 @@ def graphs_on_the_cpu():
 
 
 class TestGraph(CommandTest):
+    def test_a_recorded_run_is_the_run(self):
+        # Stopped after 12 steps and resumed it is, too.
+        for model, precision, *more in (("ddpm", "bf16", "--dropout", 0.1),
+                                        ("vae", "fp32", "--decoder-std", "learned")):
+            options, signals = [*more, "--precision", precision, "--steps", 25], iter([0] * 11 + [15])
+            eager, recorded = (self.folder / f"{model} {i}" for i in range(2))
+            with mock.patch.object(train, "evaluate", lambda *arguments: 0.0):
+                self.in_process(*self.options(model, *options, out=eager))
+                with graphs_on_the_cpu(), mock.patch.object(
+                        train, "signal_of_any_rank", lambda _: next(signals, 0)):
+                    self.in_process(*self.options(model, *options, out=recorded), status=128 + 15)
+                    self.in_process(*self.options(model, *options, "--resume", out=recorded))
+            for row in (0, 2):  # that of step 20 is of the steps since it went on
+                self.assertEqual(*(self.metrics(out)[row]["loss"] for out in (eager, recorded)))
+            a, b = (sample.load(out / "checkpoint.pt") for out in (eager, recorded))
+            for part in ("step", "model", "ema", "optimizer"):
+                self.assertSame(a[part], b[part])
+            self.assertEqual(*((out / "samples_000025.png").read_bytes()
+                               for out in (eager, recorded)))
+
     def test_a_recorded_chain_is_the_chain(self):
         # Of batches of 2, 2 and 1.
         alphas, noise = cauchy_alphas(10), torch.randn(5, 1, 8, 8)
@@ -1103,11 +1194,11 @@ class TestReadme(FileTest):
                 elif script == "train" and "--help" not in options:
                     _, parsed = train.parse_args(options.split())
                     train.configure({name: value for name, value in parsed.items()
-                                     if name not in ("out", "resume")}, None)
+                                     if name not in ("out", "resume")}, None, "cpu")
 
     def test_every_block_of_python_runs(self):
         # In a folder with what the blocks read. One asks for Pillow, and is only compiled.
-        config = {"model": "ddpm", "image_shape": [1, 8, 8], **train.DEFAULTS["ddpm"]}
+        config = {"model": "ddpm", "image_shape": [1, 8, 8], **train.defaults("ddpm", "cpu")}
         weights = sample.build_model(config).state_dict()
         (self.folder / "runs" / "ddpm").mkdir(parents=True)
         sample.save(self.folder / "runs" / "ddpm" / "checkpoint.pt",
@@ -1136,6 +1227,7 @@ class TestRuns(CommandTest):
         for model, options, ask, status in (
                 ("ddpm", ["--steps", 48, "--dropout", 0.1], signal.SIGINT, 130),
                 ("vae", ["--steps", 240], signal.SIGTERM, 143),
+                ("vae", ["--steps", 240], signal.SIGHUP, 129),
                 ("vae", ["--steps", 240], signal.SIGKILL, -9)):
             straight, stopped = self.folder / f"{model}-straight", self.folder / f"{model} {ask}"
             if not straight.exists():
@@ -1170,6 +1262,63 @@ class TestRuns(CommandTest):
             for key in ("step", "model", "ema", "optimizer"):
                 self.assertSame(a[key], b[key])
 
+    @unittest.skipIf(os.name == "nt", "Windows has no such signal")
+    def test_a_hang_up_comes_twice_or_is_ignored(self):
+        for handler, heard in ((signal.SIG_DFL, [signal.SIGHUP] * 2), (signal.SIG_IGN, [])):
+            before = signal.signal(signal.SIGHUP, handler)
+            with train.caught_signals() as signals:
+                for _ in range(2):
+                    signal.raise_signal(signal.SIGHUP)
+            self.assertEqual((signals, signal.signal(signal.SIGHUP, before)), (heard, handler))
+
+    def test_nobody_watches(self):
+        # Its output goes into a pipe that nobody reads, from the first line on.
+        reader, writer = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, HERE / "train.py", *map(str, self.options("vae", "--steps", 30))],
+            stdout=writer, stderr=writer)
+        os.close(reader)
+        os.close(writer)
+        self.assertEqual(process.wait(timeout=60), 0)
+        self.assertRegex((self.run_folder / "result.txt").read_text(),
+                         r"\Atest ELBO -[\d.]+ nats, [\d.]+ bits/dim \(60 images\)\n\Z")
+
+    def test_what_can_not_be_written_costs_a_line(self):
+        # Two rows and their head, one picture and the result; and the data are dark.
+        files, dark = ("metrics.csv", "samples_000020.png", "result.txt"), self.folder / "dark.pt"
+        for name in files:
+            (self.run_folder / name).mkdir(parents=True)
+        torch.save(torch.arange(16).byte().expand(99, 1, 16, 16), dark)
+        self.in_process(*self.options("vae", "--steps", 20, "--data", dark))
+        first, *warnings = re.findall("^.*warning: (.*)$", self.errors, re.M)
+        self.assertIn("the brightest pixel is 15 of 255", first)
+        self.assertEqual([sum(name in line for line in warnings) for name in files], [3, 1, 1])
+        self.assertEqual(sample.load(self.checkpoint)["step"], 20)
+
+    def test_out_of_memory(self):
+        with mock.patch.object(train, "next_batch", side_effect=torch.OutOfMemoryError):
+            self.assertMistake("train.py", self.options("vae"), "smaller --batch-size")
+        with mock.patch.object(sample, "draw", side_effect=torch.OutOfMemoryError):
+            self.assertMistake("sample.py", ["--checkpoint", self.checkpoint], "smaller -n")
+
+    def test_defaults(self):
+        cuda = {"channels": 64, "batch_size": 256, "lr": 1e-3, "steps": 4000}
+        cpu = {"channels": 16, "batch_size": 40, "lr": 3e-3, "steps": 5600}
+        vae = {"channels": 16, "batch_size": 128, "lr": 4e-3, "steps": 4680}
+        for model, device, expected in (("ddpm", "cpu", cpu), ("ddpm", "mps", cpu),
+                                        ("ddpm", "cuda", cuda), *(("vae", device, vae)
+                                                                  for device in ("cpu", "cuda"))):
+            new = train.configure({"model": model}, None, device)
+            self.assertEqual({name: new[name] for name in expected}, expected)
+            given = {"model": model, "lr": 0.5, "epochs": 3}
+            self.assertEqual(train.configure(given, None, device), {**new, **given, "steps": None})
+            for other in ("cpu", "cuda"):  # a run goes on as it began
+                self.assertEqual(train.configure({"model": model}, new, other), new)
+        text = " ".join(self.command("train.py", "--help").split())
+        for words in ("in a step, of all devices together; 40 (on CUDA 256) for ddpm; 128 for vae",
+                      "of every random number; 0 for both", "of z; 8 for vae"):
+            self.assertIn(words, text)
+
     def test_outside_the_main_thread(self):
         # Where no signal can be caught.
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -1179,7 +1328,7 @@ class TestRuns(CommandTest):
     def test_a_loss_that_is_no_number_stops_the_run(self):
         loss, bad = VAE.loss, iter([1] * 19 + [math.nan] + [1] * 5 + [math.inf])
         options = self.options("vae", "--steps", 40)
-        with mock.patch.object(VAE, "forward", lambda vae, x: next(bad, 1) * loss(vae, x)):
+        with mock.patch.object(VAE, "loss", lambda vae, x: next(bad, 1) * loss(vae, x)):
             self.assertMistake("train.py", options, "step 20: .* nan or inf; a new run.*--lr")
             self.assertEqual(sample.load(self.checkpoint)["step"], 16)
             self.assertEqual([row["step"] for row in self.metrics()], ["10"])
@@ -1190,7 +1339,7 @@ class TestRuns(CommandTest):
         # √0 adds nothing to the loss, and a nan to the gradient.
         root = [0] * 16 + [1]  # the first is the trial before the run
         loss = VAE.loss
-        with mock.patch.object(VAE, "forward", lambda vae, x: loss(vae, x) + (
+        with mock.patch.object(VAE, "loss", lambda vae, x: loss(vae, x) + (
                 (0 * next(vae.parameters()).sum()).sqrt() if root.pop(0) else 0)):
             self.assertMistake("train.py", self.options("vae", "--steps", 16),
                                "step 16: .* a weight")
@@ -1276,15 +1425,12 @@ train.main()
             self.assertClose(train.lr_share(step, 100), share, rtol=1e-3)
 
     def test_a_run_by_hand(self):
-        # Batches, clipping to norm 1, Adam, learning rate and EMA, from the first weights on, with
-        # CUDA graphs, too. A step's random numbers are a function of the seed, the epoch and its
-        # place.
-        for model, precision, graphs, *options in (
-                ("ddpm", "fp32", contextlib.nullcontext, "--dropout", 0.1),
-                ("ddpm", "bf16", graphs_on_the_cpu, "--dropout", 0.1),
-                ("vae", "fp32", graphs_on_the_cpu)):
+        # Batches, clipping to norm 1, Adam, learning rate and EMA, from the first weights on. A
+        # step's random numbers are a function of the seed, the epoch and its place.
+        for model, precision, *options in (("ddpm", "fp32", "--dropout", 0.1), ("ddpm", "bf16"),
+                                           ("vae", "fp32")):
             out = self.folder / f"{model} {precision}"
-            with graphs(), mock.patch.object(train, "evaluate", lambda *arguments: 0.0):
+            with mock.patch.object(train, "evaluate", lambda *arguments: 0.0):
                 self.in_process(*self.options(
                     model, "--steps", 20, "--lr", 0.02, "--batch-size", 32, *options,
                     "--precision", precision, out=out))
@@ -1327,7 +1473,7 @@ train.main()
                 ("--lr", *vae, "--lr", "nan"), ("--batch-size 1000", *vae, "--batch-size", 1000),
                 ("--device gpu", *vae, "--device", "gpu"), ("channels", *ddpm, "--channels", 10),
                 ("multipliers", *ddpm, "--multipliers"),
-                ("divisible by 8", *ddpm, "--multipliers", 1, 1, 1, 1)):
+                ("H and W must be .* by 8, got 28", *ddpm, "--multipliers", 1, 1, 1, 1)):
             arguments = ["--data", self.data, "--out", new, *arguments]
             self.assertMistake("train.py", arguments, expected)
             self.assertFalse(new.exists())
@@ -1350,11 +1496,13 @@ train.main()
                 ("z .* 4 numbers", "--latent-grid", "x.png"),
                 ("--device cuda:99: [^.]*$", "--device", "cuda:99"),
                 ("must end in", "--out", "x.jpg"), ("must end in", "--chain", "x.pt"),
-                ("existing folder", "--out", "nowhere/x.png"),
+                ("--out nowhere/x.png: .* a folder that exists", "--out", "nowhere/x.png"),
                 ("not overwritten", "--out", self.checkpoint),  # nor that of another run
                 ("not overwritten", "--out", self.folder / "checkpoint.pt"),
                 ("file of its own", "--out", "x.png", "--latent-grid", "./x.png")):
             self.assertMistake("sample.py", ["--checkpoint", self.checkpoint, *arguments], expected)
+        with mock.patch.object(Path, "exists", lambda path: False):  # both look at once
+            self.assertMistake("train.py", self.options("vae"), "File exists.*checkpoint.pt")
         for script, arguments in (("sample.py", []), ("train.py", self.options("vae"))):
             errors = self.command(script, *arguments, status=2)
             self.assertRegex(errors, rf"^{script}: error: .*runs?/.*\n$")
@@ -1395,6 +1543,7 @@ train.main()
                 (images, r"got torch.uint8 \(40, 28, 28\)"), ({"images": images}, "dict"),
                 (torch.zeros(40, 1, 28, 28), "torch.float32"), (images[:1, None], "at least 2"),
                 (torch.zeros(40, 2, 28, 28, dtype=torch.uint8), "C = 1 or 3"),
+                (images[:2, None], "at most 1, the training images"),
                 (Path("x"), "x.pt: .*Path")):
             torch.save(value, path)
             check(expected, path)
