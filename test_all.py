@@ -151,9 +151,8 @@ class TestVAE(Test):
     def test_the_gradient_of_the_loss(self):
         # Against that of −ELBO / D in closed form, log p(x) − KL(q ‖ p(z | x)), for a linear VAE.
         # The slope in a learned log σ_dec is that in σ_dec, which starts at 1.
-        weights = [torch.tensor(value, dtype=torch.float64, requires_grad=True)
-                   for value in (1.5, -0.2, 0.6, 0.1, 1.0)]
-        a, b, c, v, s = weights
+        a, b, c, v, s = weights = [torch.tensor(value, dtype=torch.float64, requires_grad=True)
+                                   for value in (1.5, -0.2, 0.6, 0.1, 1.0)]
         vae, x = section_1.LinearVAE(a, b, 0.7, c, v, "learned").double(), section_1.data()[:200]
         variance = c**2 + s**2
         mean, std = c * (x - v) / variance, s / variance.sqrt()
@@ -174,7 +173,7 @@ class TestVAE(Test):
             self.assertMean(vae.bits_per_dim(x), nats / math.log(2))
 
     def test_latents_of_any_shape(self):
-        # Each coordinate has a σ_i of its own, q(z | x) = N(x, exp(x / 2)), and p(x | z) = N(z, 0.6²).
+        # With a σ_i for each coordinate: q(z | x) = N(x, exp(x / 2)), and p(x | z) = N(z, 0.6²).
         for shape in ((4,), (4, 6), (4, 3, 5), (4, 2, 3, 5)):
             vae = VAE(lambda x: torch.cat([x, 0.5 * x], dim=1), lambda z: z, 0.6)
             for B in (4, 7):
@@ -252,20 +251,18 @@ class TestSchedules(Test):
                            ([0.5] * 999 + [math.nan], "nan"), ([[0.5, 0.5]], r"\(1, 2\)")):
             with self.assertRaisesRegex(ValueError, rf"between 0 and 1, got {got}\Z"):
                 DDPM(None, wrong)
-        for T in (100, 1000):
-            for schedule in (linear_alphas, cosine_alphas, cauchy_alphas):
-                for wrong in (1 - schedule(T), schedule(T).cumprod(0)):  # β_t, ᾱ_t
-                    self.assertRaisesRegex(ValueError, "are they α_t", DDPM, None, wrong)
+        for T, schedule in itertools.product((100, 1000), sample.SCHEDULES.values()):
+            for wrong in (1 - schedule(T), schedule(T).cumprod(0)):  # β_t, ᾱ_t
+                self.assertRaisesRegex(ValueError, "are they α_t", DDPM, None, wrong)
         DDPM(None, 1 - torch.linspace(1e-4, 0.02, 300))
         for T in (100, 200):  # ᾱ_T = 0.36 and 0.13, above 0.048
             alphas = 1 - torch.linspace(1e-4, 0.02, T)
             self.assertRaisesRegex(ValueError, "not yet white noise", DDPM, None, alphas)
-        unet = NoiseAndImage(UNet(1, 2, 8, (1,)), cosine_alphas(10))
-        self.assertRaisesRegex(ValueError, "other alphas", DDPM, unet, linear_alphas(10))
+        alphas, unet = linear_alphas(10), NoiseAndImage(None, linear_alphas(10).tolist())
+        self.assertRaisesRegex(ValueError, "other alphas", DDPM, unet, cosine_alphas(10))
         # A list is as good as a tensor of float64; no table has a nan.
-        ddpm = DDPM(NoiseAndImage(UNet(1, 2, 8, (1,)), linear_alphas(10).tolist()),
-                    linear_alphas(10).tolist())
-        self.assertSame(ddpm.alpha[1:], linear_alphas(10))
+        ddpm = DDPM(unet, alphas.tolist())
+        self.assertSame(ddpm.alpha[1:], alphas)
         self.assertSame(ddpm.variance_q[:2], torch.zeros(2).double())
 
 
@@ -290,8 +287,7 @@ class TestForward(Test):
         ddpm = DDPM(lambda x, t: x.bfloat16(), cosine_alphas(1000))
         for dtype in (torch.float32, torch.float64):
             x_t = torch.randn(3, 2, dtype=dtype)
-            for value in (ddpm.predict_noise(x_t, 500), ddpm.p_transition(x_t, 500)[0]):
-                self.assertEqual(value.dtype, dtype)
+            self.assertEqual(ddpm.predict_noise(x_t, 500).dtype, dtype)
 
     def test_bad_arguments(self):
         ddpm, x = DDPM(lambda x, t: x, cosine_alphas(10)), torch.zeros(3, 1, 2, 2)
@@ -328,12 +324,9 @@ def pixel_ddpm(T, predict="noise"):
 
 class TestLoss(Test):
     def test_a_loss_of_ones_own_is_the_one_that_is_called(self):
-        for base, networks in ((VAE, (None, None)), (DDPM, (None, cosine_alphas(10)))):
-            class Own(base):
-                def loss(self, x):
-                    return 7 * x
-
-            self.assertEqual(Own(*networks)(torch.ones(())), 7)
+        for model in (VAE(None, None), DDPM(None, cosine_alphas(10))):
+            model.loss = lambda x: 7 * x
+            self.assertEqual(model(1), 7)
 
     def test_every_t_is_as_likely(self):
         seen = []
@@ -378,9 +371,8 @@ class TestMixture(Test):
 
     def test_score_is_the_gradient_of_log_p_t(self):
         for predict in ("image", "noise"):
-            ddpm = pixel_ddpm(100, predict)
+            x, ddpm = torch.linspace(-1, 1, 21).double().requires_grad_(), pixel_ddpm(100, predict)
             for t in (1, 20, 100):
-                x = torch.linspace(-1, 1, 21, dtype=torch.float64).requires_grad_()
                 gradient, = torch.autograd.grad(ddpm.p(t).log_prob(x).sum(), x)
                 self.assertClose(ddpm.score(x.detach(), t), gradient, rtol=1e-5)
 
@@ -413,9 +405,8 @@ class TestMixture(Test):
         x_T = torch.randn(50).double()
         for clip, predict in itertools.product((True, False), ("noise", "image")):
             ddpm = DDPM(lambda x, t: -3 * x, cosine_alphas(10), predict, clip)
-            for steps in (None, 5):
-                self.assertEqual(bool(ddpm.sample(x_T, steps).abs().max() <= 1), clip)
-            self.assertEqual(bool(ddpm.predict_x0(x_T, 5).abs().max() <= 1), clip)
+            for x in (ddpm.sample(x_T), ddpm.sample(x_T, 5), ddpm.predict_x0(x_T, 5)):
+                self.assertEqual(bool(x.abs().max() <= 1), clip)
         # DDIM's ε̂_θ is the noise to the clipped x̂_θ: (2.59) from t = 10 to s = 1, with η = 0.
         ddpm = DDPM(lambda x, t: torch.full_like(x, 3), cosine_alphas(10), "image")
         root, root_1 = ddpm.alpha_bar[[10, 1]].sqrt()
@@ -461,9 +452,6 @@ class TestElbo(Test):
         terms = 4 * 0.5 * (snr[:-1] - snr[1:]) * (1 - ddpm.alpha_bar[2:])
         for k in (None, 1, 3):
             self.assertMean(ddpm.elbo(x_0, k)["consistency"], terms.sum())
-        # Another denoiser, of which they are not: the estimate has a variance, but no bias.
-        ddpm.denoiser = lambda x, t: 0.5 * x
-        self.assertMean(ddpm.elbo(x_0, 2)["consistency"] - ddpm.elbo(x_0)["consistency"], 0)
 
 
 def small_unet(alphas=None, **options):
@@ -602,10 +590,10 @@ class TestUNet(Test):
             self.assertAlmostEqual((seen[0] == 0).double().mean().item(), 0.5, delta=0.1)
 
     def test_bad_arguments(self):
-        for arguments in (dict(channels=6), dict(channels=0), dict(blocks=0), dict(multipliers=()),
-                          dict(multipliers=(1, 0)), dict(attention=(3,)), dict(attention=(-1,))):
-            value = next(iter(arguments.values()))
-            self.assertRaisesRegex(ValueError, re.escape(str(value)), UNet, **arguments)
+        for name, *values in (("channels", 6, 0), ("blocks", 0), ("multipliers", (), (1, 0)),
+                              ("attention", (3,), (-1,))):
+            for value in values:
+                self.assertRaisesRegex(ValueError, re.escape(str(value)), UNet, **{name: value})
         with self.assertRaisesRegex(ValueError, "divisible by 4, got 30 and 28"):
             UNet()(torch.zeros(1, 1, 30, 28), torch.ones(1))
 
@@ -629,8 +617,8 @@ class TestAdditions(Test):
         ddpm = DDPM(None, alphas)
         snr = ddpm.alpha_bar[t] / (1 - ddpm.alpha_bar[t])
         # Of images and signals, also where B, C and their length are equal.
-        for shape, options, kappa in (((3, 1, 8, 8), {}, 8), ((3, 1, 8, 8), {"kappa": 3}, 3),
-                                      ((3, 3, 3), {}, 8), ((3, 3, 2, 2, 2), {}, 8), ((3, 3), {}, 8)):
+        for shape, options in (((3, 1, 8, 8), {}), ((3, 1, 8, 8), {"kappa": 3}), ((3, 3, 3), {}),
+                               ((3, 3, 2, 2, 2), {}), ((3, 3), {})):
             x_0, noise = 3 * torch.rand(shape), torch.randn(shape)
             x_t = ddpm.q_sample(x_0, t, noise)
 
@@ -640,8 +628,8 @@ class TestAdditions(Test):
                                      **options)(x_t, t)
 
             self.assertClose(combine(noise), noise, rtol=1e-4, atol=1e-4)
-            share = (kappa * snr / (1 + kappa * snr)).view(3, *[1] * (len(shape) - 1)).expand(shape)
-            self.assertClose(combine(noise + 1) - noise, share, rtol=1e-3, atol=1e-4)
+            odds = options.get("kappa", 8) * snr.view(3, *[1] * (len(shape) - 1)).expand(shape)
+            self.assertClose(combine(noise + 1) - noise, odds / (1 + odds), rtol=1e-3, atol=1e-4)
 
     def test_a_model_is_what_its_options_say(self):
         options = {**train.defaults("ddpm", "cpu"), "image_shape": [3, 32, 32], "timesteps": 50,
@@ -745,9 +733,8 @@ class TestData(FileTest):
         images = torch.randint(0, 256, (100, 3, 4, 5), dtype=torch.uint8)
         torch.save(images, self.folder / "x.pt")
         training, test = train.load_images(self.folder / "x.pt")
-        self.assertTrue((test == images[[0, 32, 64, 96]]).all())
-        self.assertEqual(len(training), 96)
-        self.assertTrue((training[31:62] == images[33:64]).all())
+        self.assertSame(training, images[[i for i in range(100) if i % 32 > 0]])
+        self.assertSame(test, images[::32])
 
 
 class TestCheckpoint(FileTest):
@@ -770,15 +757,13 @@ class TestCheckpoint(FileTest):
         for content in (b"", b"text", whole[:-1], whole[:1000], whole[100:]):
             self.path.write_bytes(content)
             self.assertRefused("torch says")
-        bias, config = "encoder.0.bias", self.state["config"]
+        wrong = {**self.state["ema"], "encoder.0.bias": torch.zeros(7)}
         for expected, state in (
                 ("not a checkpoint", torch.zeros(3)),
                 ("or one of another version", {**self.state, "format": sample.FORMAT - 1}),
-                (f"(?s:.*){bias}", {**self.state, "ema": {**self.state["ema"],
-                                                          bias: torch.zeros(7)}}),
-                ("decoder_std", {**self.state, "config": {k: v for k, v in config.items()
-                                                          if k != "decoder_std"}}),
-                ("ema", {k: v for k, v in self.state.items() if k != "ema"})):
+                ("(?s:.*)encoder.0.bias", {**self.state, "ema": wrong}),
+                ("image_shape", {**self.state, "config": {"model": "vae"}}),
+                ("ema", {"format": sample.FORMAT, "config": self.state["config"]})):
             sample.save(self.path, state)
             self.assertRefused(expected)
 
@@ -792,8 +777,6 @@ class TestCheckpoint(FileTest):
         torch.save({**self.state, "config": RunsCode()}, self.path)
         self.assertRefused("torch says")
         self.assertFalse(made.exists())
-        torch.load(self.path, weights_only=False)
-        self.assertTrue(made.exists())  # it would have
 
     def test_a_file_is_the_old_one_until_the_new_one_is_on_the_disk(self):
         sample.save(self.path, 1)
@@ -843,8 +826,7 @@ class CommandTest(FileTest):
         return self.errors if status == 2 else output.getvalue()
 
     def assertMistake(self, script, arguments, expected):
-        """It ends with status 2 and one line that says what is expected. Two mistakes are also made
-        in a process of their own."""
+        """It ends with status 2 and one line that says what is expected."""
         with self.subTest(expected):
             errors = self.in_process(*arguments, script=script, status=2)
             line = re.sub(r"\r[^\n]*\n", "", errors)  # without the progress bar's
@@ -857,6 +839,12 @@ class CommandTest(FileTest):
     def draw(self, *arguments, checkpoint=None):
         self.in_process("--checkpoint", checkpoint or self.checkpoint, "--device", "cpu",
                         "--precision", "fp32", *arguments, script="sample.py")
+
+    def assertSameEnd(self, *folders):
+        a, b = (sample.load(folder / "checkpoint.pt") for folder in folders)
+        self.assertEqual(a["config"], b["config"])
+        for part in ("step", "model", "ema", "optimizer"):
+            self.assertSame(a[part], b[part])
 
     def metrics(self, folder=None):
         # At once: between two reads a running train.py may have written the head.
@@ -911,21 +899,20 @@ class TestGraph(CommandTest):
         # Stopped after 12 steps and resumed it is, too.
         for model, precision, *more in (("ddpm", "bf16", "--dropout", 0.1),
                                         ("vae", "fp32", "--decoder-std", "learned")):
-            options, signals = [*more, "--precision", precision, "--steps", 25], iter([0] * 11 + [15])
-            eager, recorded = (self.folder / f"{model} {i}" for i in range(2))
+            outs = [self.folder / f"{model} {i}" for i in range(2)]
+            one, two = (self.options(model, *more, "--precision", precision, "--steps", 25, out=out)
+                        for out in outs)
+            signals = iter([0] * 11 + [signal.SIGTERM])
             with mock.patch.object(train, "evaluate", lambda *arguments: 0.0):
-                self.in_process(*self.options(model, *options, out=eager))
+                self.in_process(*one)
                 with graphs_on_the_cpu(), mock.patch.object(
                         train, "signal_of_any_rank", lambda _: next(signals, 0)):
-                    self.in_process(*self.options(model, *options, out=recorded), status=128 + 15)
-                    self.in_process(*self.options(model, *options, "--resume", out=recorded))
+                    self.in_process(*two, status=128 + signal.SIGTERM)
+                    self.in_process(*two, "--resume")
             for row in (0, 2):  # that of step 20 is of the steps since it went on
-                self.assertEqual(*(self.metrics(out)[row]["loss"] for out in (eager, recorded)))
-            a, b = (sample.load(out / "checkpoint.pt") for out in (eager, recorded))
-            for part in ("step", "model", "ema", "optimizer"):
-                self.assertSame(a[part], b[part])
-            self.assertEqual(*((out / "samples_000025.png").read_bytes()
-                               for out in (eager, recorded)))
+                self.assertEqual(*(self.metrics(out)[row]["loss"] for out in outs))
+            self.assertSameEnd(*outs)
+            self.assertEqual(*((out / "samples_000025.png").read_bytes() for out in outs))
 
     def test_a_recorded_chain_is_the_chain(self):
         # Of batches of 2, 2 and 1.
@@ -941,22 +928,15 @@ class TestGraph(CommandTest):
 
 
 class TestEndToEnd(CommandTest):
-    def losses_fall(self, to):
-        rows = self.metrics()
-        self.assertEqual([int(row["step"]) for row in rows], [10, 20, 30, 40, 48])
-        self.assertEqual(float(rows[-1]["epoch"]), 3)
-        self.assertLess(float(rows[-1]["loss"]), to)
-
     def test_ddpm(self):
         text = self.command("train.py", *self.options("ddpm", "--epochs", 3, "--lr", 0.01,
                                                       "--dropout", 0.1))
         self.assertRegex(text, r"test ELBO -[\d.]+ nats, [\d.]+ bits/dim "
                                r"\(60 images, 20 random t each\)")
         self.assertIn("sample.py", text)
-        self.losses_fall(to=0.15)
-        for step in (16, 32, 48):
-            (picture,), _ = decode_png(self.run_folder / f"samples_{step:06d}.png")
-            self.assertEqual(picture.shape, (1, 8 * 30 + 2, 8 * 30 + 2))
+        pictures = [decode_png(self.run_folder / f"samples_{step:06d}.png")[0][0]
+                    for step in (16, 32, 48)]
+        self.assertEqual([picture.shape for picture in pictures], [(1, 8 * 30 + 2, 8 * 30 + 2)] * 3)
 
         tensor, film, strip = (self.folder / name for name in ("x.pt", "film.png", "strip.png"))
         with mock.patch.object(sample, "BATCH", 3):
@@ -974,9 +954,8 @@ class TestEndToEnd(CommandTest):
         # They are drawn with the moving average of the weights, without dropout.
         state, model = sample.read_checkpoint(self.checkpoint)
         train.write_pictures(self.folder, 48, model, torch.zeros(0), state["config"])
-        (picture,), (last,) = (decode_png(folder / "samples_000048.png")[0]
-                               for folder in (self.run_folder, self.folder))
-        self.assertLessEqual((picture.int() - last.int()).abs().max(), 1)
+        (again,), _ = decode_png(self.folder / "samples_000048.png")
+        self.assertLessEqual((pictures[-1].int() - again.int()).abs().max(), 1)
         for weights, same in (("ema", True), ("model", False)):
             model.load_state_dict(state[weights])
             torch.manual_seed(0)
@@ -987,14 +966,12 @@ class TestEndToEnd(CommandTest):
         self.draw("-n", 5, "--out", self.folder / "x.png")
         (picture,), _ = decode_png(self.folder / "x.png")
         self.assertTrue((picture == sample.grid(images)).all())
-        for other in (["--seed", 1], ["--steps", 5], ["--eta", 0],
-                      ["--precision", "bf16"]):
+        for other in (["--seed", 1], ["--steps", 5], ["--eta", 0], ["--precision", "bf16"]):
             self.draw("-n", 5, "--out", tensor, *other)
             self.assertFalse((sample.load(tensor) == images).all())
 
     def test_vae(self):
-        text = self.command("train.py", *self.options("vae", "--epochs", 3))
-        self.losses_fall(to=0.75)
+        text = self.command("train.py", *self.options("vae", "--epochs", 3, "--latent-dim", 2))
         (picture,), _ = decode_png(self.run_folder / "reconstructions_000048.png")
         _, originals = train.load_images(self.data)
         self.assertTrue((picture[:, 2:30, 2:30] == originals[0]).all())
@@ -1009,18 +986,12 @@ class TestEndToEnd(CommandTest):
         nats = -bits * 784 * math.log(2)
         self.assertIn(f"test ELBO {nats:.1f} nats, {bits:.3f} bits/dim (60 images)", text)
         with mock.patch.object(sample, "BATCH", 32):
-            self.draw("-n", 65)
+            self.draw("-n", 65, "--latent-grid", self.folder / "grid.png")
         (picture,), _ = decode_png(self.run_folder / "samples.png")
         torch.manual_seed(0)
-        images = sample.to_uint8(vae.sample(torch.randn(65, 4)))
+        images = sample.to_uint8(vae.sample(torch.randn(65, 2)))
         self.assertLessEqual((picture.int() - sample.grid(images).int()).abs().max(), 1)
-
-    def test_latent_grid(self):
-        flat, file = self.folder / "flat" / "checkpoint.pt", self.folder / "grid.png"
-        self.in_process(*self.options("vae", "--steps", 1, "--latent-dim", 2, out=flat.parent))
-        self.draw("--latent-grid", file, checkpoint=flat)
-        (picture,), _ = decode_png(file)
-        _, vae = sample.read_checkpoint(flat)
+        (picture,), _ = decode_png(self.folder / "grid.png")
         z = Normal(0.0, 1.0).icdf((torch.arange(12) + 0.5) / 12)
         for row, column in ((0, 0), (0, 11), (7, 3)):  # z_1 to the right, z_2 upwards
             digit = sample.to_uint8(vae.sample(torch.stack([z[column], z[11 - row]])[None]))[0]
@@ -1060,7 +1031,6 @@ class TestReadme(FileTest):
     def setUp(self):
         super().setUp()
         self.text = (HERE / "README.md").read_text(encoding="utf-8")
-        self.blocks = re.findall(r"^```(\w*)\n(.*?)^```$", self.text, re.M | re.S)
 
     def test_every_link_leads_to_its_name(self):
         modules = {"vae.py": section_1, "ddpm.py": section_2, "unet.py": network}
@@ -1082,6 +1052,11 @@ class TestReadme(FileTest):
         for path in re.findall(r"\]\(([\w/.]+)\)", self.text):
             self.assertTrue((HERE / path).exists(), path)
 
+    def config(self, options, device="cpu"):
+        _, given = train.parse_args(options.split())
+        given = {name: value for name, value in given.items() if name not in ("out", "resume")}
+        return train.configure(given, None, device)
+
     def test_every_command_parses(self):
         commands = re.findall(r"(?:python|torchrun) [^`#\n]*?(\w+)\.py([^`#&\n]*)", self.text)
         self.assertGreater(len(commands), 15)
@@ -1091,9 +1066,17 @@ class TestReadme(FileTest):
                 if script == "sample":
                     sample.parse_args(options.split())
                 elif script == "train" and "--help" not in options:
-                    _, parsed = train.parse_args(options.split())
-                    train.configure({name: value for name, value in parsed.items()
-                                     if name not in ("out", "resume")}, None, "cpu")
+                    self.config(options)
+
+    def test_the_parameters_of_every_run(self):
+        runs = re.findall(r"^\| `python train.py (.*?)`(.*?)\|.*?\| ([\d,]+) \|", self.text, re.M)
+        self.assertGreater(len(runs), 7)
+        published, = re.findall(r"with its ([\d,]+) parameters.*?train.py (.*?)\n", self.text, re.S)
+        for options, where, count in (*runs, (published[1], "", published[0])):
+            config = self.config(options, "cuda" if "CUDA" in where else "cpu")
+            config["image_shape"] = [3, 32, 32] if "cifar" in options else [1, 28, 28]
+            model = sample.build_model(config)
+            self.assertEqual(f"{sum(p.numel() for p in model.parameters()):,}", count, options)
 
     def test_every_block_of_python_runs(self):
         # In a folder with what the blocks read. One asks for Pillow, and is only compiled.
@@ -1104,8 +1087,8 @@ class TestReadme(FileTest):
                     {"format": sample.FORMAT, "config": config, "ema": weights})
         (self.folder / "cifar-10-batches-bin").mkdir()
         (self.folder / "cifar-10-batches-bin" / "data_batch_1.bin").write_bytes(bytes(5 * 3073))
-        blocks = [block for kind, block in self.blocks if kind == "python"]
-        self.assertEqual(len(blocks), 6)
+        blocks = re.findall("^```python\n(.*?)^```$", self.text, re.M | re.S)
+        self.assertEqual(len(blocks), 5)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         for block in blocks:
@@ -1123,15 +1106,11 @@ class TestReadme(FileTest):
 class TestRuns(CommandTest):
     @unittest.skipIf(os.name == "nt", "Windows has other signals")
     def test_interrupted_and_resumed_equals_uninterrupted(self):
-        for model, options, ask, status in (
-                ("ddpm", ["--steps", 48, "--dropout", 0.1], signal.SIGINT, 130),
-                ("vae", ["--steps", 240], signal.SIGTERM, 143),
-                ("vae", ["--steps", 240], signal.SIGHUP, 129),
-                ("vae", ["--steps", 240], signal.SIGKILL, -9)):
-            straight, stopped = self.folder / f"{model}-straight", self.folder / f"{model} {ask}"
-            if not straight.exists():
-                self.in_process(*self.options(model, *options, out=straight))
-            arguments = list(map(str, self.options(model, *options, out=stopped)))
+        straight = self.folder / "straight"
+        self.in_process(*self.options("vae", "--steps", 240, out=straight))
+        for ask in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
+            stopped = self.folder / f"stopped {ask}"
+            arguments = list(map(str, self.options("vae", "--steps", 240, out=stopped)))
             process = subprocess.Popen(
                 [sys.executable, HERE / "train.py", *arguments], cwd=self.folder,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -1141,6 +1120,7 @@ class TestRuns(CommandTest):
                 time.sleep(0.01)
             process.send_signal(ask)
             output, errors = process.communicate(timeout=60)
+            status = -9 if ask == signal.SIGKILL else 128 + ask
             self.assertEqual(process.returncode, status, errors)
             self.assertNotIn("Traceback", errors)
             step = sample.load(stopped / "checkpoint.pt")["step"]
@@ -1148,18 +1128,15 @@ class TestRuns(CommandTest):
                 self.assertEqual(step % 16, 0)  # the last whole epoch
                 self.command("train.py", *arguments, "--resume")
             else:
-                self.assertIn(f"stopped at step {step} of {options[1]}", output)
+                self.assertIn(f"stopped at step {step} of 240", output)
                 self.command("train.py", *shlex.split(output.split("train.py ")[1]))
 
-            stopped_in = step // 10 * 10 + 10  # the row of the steps before and after
             for x, y in zip(self.metrics(straight), self.metrics(stopped), strict=True):
-                for column in ("step", "epoch", "lr", "loss"):
-                    if column != "loss" or int(x["step"]) != stopped_in:
-                        self.assertEqual(x[column], y[column], f"stopped at {step}: {x}, {y}")
-            a, b = (sample.load(folder / "checkpoint.pt") for folder in (straight, stopped))
-            self.assertEqual(a["config"], b["config"])
-            for key in ("step", "model", "ema", "optimizer"):
-                self.assertSame(a[key], b[key])
+                columns = ["step", "epoch", "lr"]
+                if int(x["step"]) != step // 10 * 10 + 10:  # the row of the steps before and after
+                    columns.append("loss")
+                self.assertEqual(*([row[name] for name in columns] for row in (x, y)))
+            self.assertSameEnd(straight, stopped)
 
     @unittest.skipIf(os.name == "nt", "Windows has no such signal")
     def test_a_hang_up_comes_twice_or_is_ignored(self):
@@ -1201,12 +1178,13 @@ class TestRuns(CommandTest):
             self.assertMistake("sample.py", ["--checkpoint", self.checkpoint], "smaller -n")
 
     def test_defaults(self):
-        cuda = {"channels": 64, "batch_size": 256, "lr": 1e-3, "steps": 4000}
-        cpu = {"channels": 16, "batch_size": 40, "lr": 3e-3, "steps": 5600}
-        vae = {"channels": 16, "batch_size": 128, "lr": 4e-3, "steps": 4680}
-        for model, device, expected in (("ddpm", "cpu", cpu), ("ddpm", "mps", cpu),
-                                        ("ddpm", "cuda", cuda), *(("vae", device, vae)
-                                                                  for device in ("cpu", "cuda"))):
+        cpu = {"channels": 16, "batch_size": 40, "lr": 3e-3, "steps": 5600, "timesteps": 1000,
+               "schedule": "cauchy", "fourier": [3, 5]}
+        cuda = {**cpu, "channels": 64, "batch_size": 256, "lr": 1e-3, "steps": 4000}
+        vae = {"channels": 16, "batch_size": 128, "lr": 4e-3, "steps": 4680, "decoder_std": 0.6}
+        for model, device, expected in (
+                ("ddpm", "cpu", cpu), ("ddpm", "mps", cpu), ("ddpm", "cuda", cuda),
+                ("vae", "cpu", vae), ("vae", "cuda", vae)):
             new = train.configure({"model": model}, None, device)
             self.assertEqual({name: new[name] for name in expected}, expected)
             given = {"model": model, "lr": 0.5, "epochs": 3}
@@ -1273,16 +1251,13 @@ class TestRuns(CommandTest):
 
     # What torchrun starts: train.py without chance in the VAE, and with a signal to rank 1 alone.
     RANKS_SCRIPT = """
-import signal, sys, torch, train, vae
+import itertools, signal, sys, torch, train, vae
 
-loss, steps = vae.VAE.loss, int(sys.argv.pop())
+loss, last, calls = vae.VAE.loss, int(sys.argv.pop()), itertools.count(1)
 
 def forward(model, x):
-    global steps
-    steps -= 1
-    with open("seeds", "a") as file:
-        file.write(f"{torch.initial_seed()} ")
-    if steps == 0 and train.RANK == 1:
+    print(f" seed {torch.initial_seed()} ", end="", flush=True)  # one write: ranks share the pipe
+    if next(calls) == last and train.RANK == 1:
         signal.raise_signal(signal.SIGTERM)
     return loss(model, x)
 
@@ -1292,14 +1267,13 @@ train.main()
 """
 
     def test_two_ranks_are_one_process(self):
-        script, together = self.folder / "ranks.py", ["-m", "torch.distributed.run",
-                                                      "--nproc_per_node=2"]
+        script, env = self.folder / "ranks.py", {**os.environ, "PYTHONPATH": str(HERE)}
         script.write_text(self.RANKS_SCRIPT)
-        env = {**os.environ, "PYTHONPATH": str(HERE)}
-        options = ["--batch-size", 32, "--steps", 20]
+        together = {"launcher": ["-m", "torch.distributed.run", "--nproc_per_node=2"], "env": env}
         both, one = self.run_folder, self.folder / "one"
-        self.command(script, *self.options("vae", *options), 0, launcher=together, env=env)
-        seeds = (self.folder / "seeds").read_text().split()
+        options = ["--batch-size", 32, "--steps", 20]
+        output = self.command(script, *self.options("vae", *options), 0, **together)
+        seeds = re.findall(r"seed (\S+)", output)
         self.assertEqual(len(set(seeds)), 1 + 2 * 20)  # that of the trial, and a step's on a rank
         self.command(script, *self.options("vae", *options, out=one), 0, env=env)
         for x, y in zip(self.metrics(both), self.metrics(one), strict=True):
@@ -1309,19 +1283,16 @@ train.main()
         for name in a:
             self.assertClose(a[name], b[name], atol=2e-3)  # half a step; Adam magnifies rounding
         # More steps, by one process again, and then by two of which one gets a signal.
-        resume = ["--batch-size", 32, "--resume", "--steps"]
-        self.command("train.py", *self.options("vae", *resume, 23))
-        output = self.command(script, *self.options("vae", *resume, 90), 5, status=1,
-                              launcher=together, env=env)
+        options = ["--batch-size", 32, "--resume", "--steps"]
+        self.command("train.py", *self.options("vae", *options, 23))
+        output = self.command(script, *self.options("vae", *options, 90), 5, status=1, **together)
         self.assertIn("stopped at step 27 of 90", output)
         self.assertIn("torchrun --nproc_per_node=2 train.py", output)
         self.assertEqual(sample.load(both / "checkpoint.pt")["step"], 27)
 
-    def test_lr_share_and_ema_decay(self):
+    def test_ema_decay(self):
         for step, decay in ((1, 1 / 11), (90, 0.9), (10**6, 0.9999)):
             self.assertClose(train.ema_decay(step), decay)
-        for step, share in ((0, 0.2), (4, 0.996), (50, 0.5), (75, 0.1464), (99, 0.0002467)):
-            self.assertClose(train.lr_share(step, 100), share, rtol=1e-3)
 
     def test_a_run_by_hand(self):
         # Batches, clipping to norm 1, Adam, learning rate and EMA, from the first weights on. A
@@ -1330,9 +1301,8 @@ train.main()
                                            ("vae", "fp32")):
             out = self.folder / f"{model} {precision}"
             with mock.patch.object(train, "evaluate", lambda *arguments: 0.0):
-                self.in_process(*self.options(
-                    model, "--steps", 20, "--lr", 0.02, "--batch-size", 32, *options,
-                    "--precision", precision, out=out))
+                self.in_process(*self.options(model, "--steps", 25, "--lr", 0.02, *options,
+                                              "--precision", precision, out=out))
             state = sample.load(out / "checkpoint.pt")
             torch.manual_seed(0)
             twin, (images, _) = sample.build_model(state["config"]), train.load_images(self.data)
@@ -1340,18 +1310,18 @@ train.main()
             ema = [w.detach().clone() for w in weights]
             adam = torch.optim.Adam(weights, betas=(0.9, 0.99), fused=True)
             losses, norms, start = [], [], nn.utils.parameters_to_vector(weights).detach()
-            for step in range(20):
-                epoch, i = divmod(step, 8)
+            for step in range(25):
+                epoch, i = divmod(step, 16)
                 order = torch.randperm(
                     256, generator=torch.Generator().manual_seed(hash((0, epoch))))
                 torch.manual_seed(hash((0, epoch, i)))
                 with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                    losses.append(twin.loss(images[order[32 * i:32 * i + 32]] / 127.5 - 1))
+                    losses.append(twin.loss(images[order[16 * i:16 * i + 16]] / 127.5 - 1))
                 adam.zero_grad()
                 losses[-1].backward()
                 norms.append(nn.utils.clip_grad_norm_(weights, 1.0).item())
-                # The warm-up is one step.
-                adam.param_groups[0]["lr"] = 0.02 * (1 + math.cos(math.pi * step / 20)) / 2
+                lr = 0.02 * min(1, (step + 1) / 1.25) * (1 + math.cos(math.pi * step / 25)) / 2
+                adam.param_groups[0]["lr"] = lr
                 adam.step()
                 for e, w in zip(ema, weights):
                     e.lerp_(w.detach(), 10 / (step + 11))
@@ -1360,8 +1330,12 @@ train.main()
                 actual = torch.cat([w.flatten() for w in state[name].values()])
                 expected = nn.utils.parameters_to_vector(expected).detach()
                 self.assertLess((actual - expected).norm(), 1e-3 * (expected - start).norm())
-            for row, expected in zip(self.metrics(out), torch.stack(losses).view(2, 10).mean(1)):
-                self.assertClose(float(row["loss"]), expected.item(), rtol=1e-3)
+            rows = self.metrics(out)
+            self.assertEqual([(row["step"], row["epoch"]) for row in rows],
+                             [("10", "0.6250"), ("20", "1.2500"), ("25", "1.5625")])
+            self.assertClose(float(rows[-1]["lr"]), lr)
+            for row, part in zip(rows, torch.stack(losses).split(10)):
+                self.assertClose(float(row["loss"]), part.mean().item(), rtol=1e-3)
 
     def test_mistakes_with_options(self):
         self.in_process(*self.options("vae", "--steps", 2))
