@@ -50,7 +50,7 @@ class DDPM(nn.Module):
     arguments raise ValueError. `state_dict()` holds the network alone.
     """
 
-    roots: Tensor  # a buffer
+    roots: Tensor  # a buffer, for type checkers
 
     def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor],
                  alphas: Tensor | Sequence[float], predict: str = "noise", clip: bool = True):
@@ -205,10 +205,8 @@ class DDPM(nn.Module):
     def p_transition(self, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """p_θ(x_{t−1} | x_t) = N(x_{t−1} | μ_θ(x_t), σ_q²(t) I)    (2.34)
 
-        μ_θ is μ_q with x̂_θ(x_t) in place of x_0, which is unknown here (2.41). Written with ε̂_θ,
-        and if nothing is clipped, this is (2.50):
-
-            μ_θ = x_t / √α_t  −  (1 − α_t) / (√(1 − ᾱ_t) √α_t) · ε̂_θ(x_t)
+        μ_θ is μ_q with x̂_θ(x_t) in place of x_0, which is unknown here (2.41). With ε̂_θ, and if
+        nothing is clipped, it is (2.50): x_t / √α_t − (1 − α_t) / (√(1 − ᾱ_t) √α_t) · ε̂_θ(x_t).
         """
         return self.q_posterior(x_t, self.predict_x0(x_t, t), t)
 
@@ -374,7 +372,8 @@ def cosine_alphas(T: int) -> Tensor:
 
     From "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), with its s = 0.008
     and 1 − α_t ≤ 0.999. It destroys small images more evenly over t than the linear schedule,
-    whose last quarter is almost pure noise.
+    whose last quarter is almost pure noise. 1/√ᾱ_T is 20,291 for T = 1000, by which x̂_θ multiplies
+    an error of ε̂_θ: without clipping, use unet.NoiseAndImage or predict = "image".
     """
     s = 0.008
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -388,12 +387,13 @@ def cauchy_alphas(T: int) -> Tensor:
         λ_t = log snr(t) = μ + s tan θ_t,      snr(t) = ᾱ_t / (1 − ᾱ_t),      ᾱ_t = sigmoid(λ_t)
 
     with θ_t evenly spaced ("Improved Noise Schedule for Diffusion Training", arXiv 2407.03297).
-    From T = 1000 on, λ_1 = 12.4 and λ_T = −7.5. Near μ, λ_t changes slowly: there a uniform t
-    trains most, and the chain's steps are shortest (0.003). More than half of all λ_t lie within s
-    of μ, where x_t is mostly noise and the picture takes shape. The tails are heavy for the ELBO's
-    sake: even the longest step, the first, is only 0.52, and the noise at t = 1 (standard deviation
-    0.002) is small beside a pixel's bin (0.008). A shorter chain has nearer ends and a wider s, so
-    that no step is too long.
+    Near μ, λ_t changes slowly: there a uniform t trains most, and the chain's steps are shortest
+    (0.003). More than half of all λ_t lie within s of μ, where x_t is mostly noise and the picture
+    takes shape. The tails are heavy for the ELBO's sake: even the longest step, the first, is only
+    0.52, and the noise at t = 1 (standard deviation 0.002) is small beside a pixel's bin (0.008).
+    This is T ≥ 1000, with λ from 12.4 to −7.5. A shorter chain has nearer ends and a wider s, so
+    that no step is too long. CAUCHY_PRICE μ and s were tuned on images: for signals, try the other
+    schedules first.
     """
     r = math.log(max(1, 1000 / T))
     mu, s = -2.0, 1.1 * math.exp(r / 2)

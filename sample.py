@@ -108,9 +108,9 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         raise ValueError("no checkpoint.pt under runs/ here: train first, with python train.py "
                          "--model ddpm, or name a file with --checkpoint")
     args.out = args.out or args.checkpoint.with_name("samples.png")
-    files = {"--out": args.out, "--chain": args.chain, "--strip": args.strip,
-             "--latent-grid": args.latent_grid}
-    files = {option: path for option, path in files.items() if path}
+    paths = (("--out", args.out), ("--chain", args.chain), ("--strip", args.strip),
+             ("--latent-grid", args.latent_grid))
+    files = {option: path for option, path in paths if path}
     for option, path in files.items():
         suffixes = (".png", ".pt") if option == "--out" else (".png",)
         if path.suffix not in suffixes or not path.parent.is_dir():
@@ -384,21 +384,12 @@ def number(kind: type, low: float, high: float = math.inf,
     return parse
 
 
-class Terminal:
-    """stdout or stderr, of a run that goes on when the terminal is gone."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str):
+def quiet(method: Callable) -> Callable:
+    """A method of stdout or stderr, for a run that goes on when the terminal is gone."""
+    def call(*arguments):
         with contextlib.suppress(OSError):
-            print(text, end="", file=self.stream, flush=True)
-
-    def flush(self):
-        pass  # after every `write`
+            return method(*arguments)
+    return call
 
 
 def run(main: Callable):
@@ -408,7 +399,8 @@ def run(main: Callable):
     torch.empty(31 * 2**20, dtype=torch.uint8)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's can't, and need not
         sys.stdout.reconfigure(errors="replace")  # in the name of a file
-    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.write, stream.flush = quiet(stream.write), quiet(stream.flush)
     try:
         main()
     except KeyboardInterrupt:

@@ -1156,10 +1156,13 @@ class TestRuns(CommandTest):
     def test_what_can_not_be_written_costs_a_line(self):
         # Two rows and their head, one picture and the result; and the data are dark.
         files, dark = ("metrics.csv", "samples_000020.png", "result.txt"), self.folder / "dark.pt"
-        for name in files:
-            (self.run_folder / name).mkdir(parents=True)
         torch.save(torch.arange(16).byte().expand(99, 1, 16, 16), dark)
-        self.in_process(*self.options("vae", "--steps", 20, "--data", dark))
+        options = self.options("vae", "--data", dark, "--steps")
+        self.in_process(*options, 1)
+        for name in files:
+            (self.run_folder / name).unlink(missing_ok=True)
+            (self.run_folder / name).mkdir()
+        self.in_process(*options, 20, "--resume")
         first, *warnings = re.findall("^.*warning: (.*)$", self.errors, re.M)
         self.assertIn("the brightest pixel is 15 of 255", first)
         self.assertEqual([sum(name in line for line in warnings) for name in files], [3, 1, 1])
@@ -1368,7 +1371,7 @@ train.main()
                 ("file of its own", "--out", "x.png", "--latent-grid", "./x.png")):
             self.assertMistake("sample.py", ["--checkpoint", self.checkpoint, *arguments], expected)
         with mock.patch.object(Path, "exists", lambda path: False):  # both look at once
-            self.assertMistake("train.py", self.options("vae"), "File exists.*checkpoint.pt")
+            self.assertMistake("train.py", self.options("vae"), "File exists.*metrics.csv")
         for script, arguments in (("sample.py", []), ("train.py", self.options("vae"))):
             errors = self.command(script, *arguments, status=2)
             self.assertRegex(errors, rf"^{script}: error: .*runs?/.*\n$")

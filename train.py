@@ -160,14 +160,14 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     with bar, caught_signals() as signals:
         if RANK == 0:
             if not state:  # of two runs that start at once, the file system refuses one here
-                (out / "checkpoint.pt").touch(exist_ok=False)
+                (out / "metrics.csv").touch(exist_ok=False)
             with warned():
                 trim(out / "metrics.csv", step)
         saved = checkpoint()  # so that --resume always finds one
         signum = 0
         while step < total and not signum:
             epoch, i = divmod(step, steps_per_epoch)
-            torch.manual_seed(hash((config["seed"], epoch, i * RANKS + RANK)))  # see next_batch
+            torch.manual_seed(hash((config["seed"], epoch, i * RANKS + RANK)))  # as in next_batch
             loss = backward(next_batch(images, config, epoch, i, device))
             if RANKS > 1:
                 distributed.all_reduce(gradient.div_(RANKS))

@@ -207,7 +207,8 @@ def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
                   channels: int = 16) -> tuple[nn.Module, nn.Module]:
     """Encoder_φ and Decoder_θ for images (C, H, W), H and W at least 8: two strided convolutions
     down to a quarter of the resolution, two pixel shuffles back up; `channels` feature maps at half
-    resolution, twice as many at a quarter. Raises ValueError for a smaller image."""
+    resolution, twice as many at a quarter. The decoder ends in tanh: it gives means in [-1, 1], not
+    logits. Raises ValueError for a smaller image."""
     C, H, W = image_shape
     if min(H, W) < 8:
         raise ValueError(f"H and W must be at least 8, got {tuple(image_shape)}")
