@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm import DDPM, cauchy_alphas, cosine_alphas, linear_alphas
-from unet import Fourier, NoiseAndImage, UNet
+from unet import Fourier, UNet
 from vae import VAE, conv_networks
 
 BATCH = 256  # images that the network draws at a time
@@ -108,9 +108,8 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         raise ValueError("no checkpoint.pt under runs/ here: train first, with python train.py "
                          "--model ddpm, or name a file with --checkpoint")
     args.out = args.out or args.checkpoint.with_name("samples.png")
-    paths = (("--out", args.out), ("--chain", args.chain), ("--strip", args.strip),
-             ("--latent-grid", args.latent_grid))
-    files = {option: path for option, path in paths if path}
+    files = {f"--{name.replace('_', '-')}": path for name in ("out", "chain", "strip", "latent_grid")
+             if (path := getattr(args, name))}
     for option, path in files.items():
         suffixes = (".png", ".pt") if option == "--out" else (".png",)
         if path.suffix not in suffixes or not path.parent.is_dir():
@@ -179,13 +178,10 @@ def build_model(config: dict) -> nn.Module:
         networks = conv_networks(shape, config["latent_dim"], config["channels"])
         return VAE(*networks, config["decoder_std"])
     alphas = SCHEDULES[config["schedule"]](config["timesteps"])
-    C, N, outputs = shape[0], len(config["fourier"]), 2 if config["predict"] == "both" else 1
-    denoiser = Fourier(
-        UNet(C * (1 + 2 * N), C * outputs, config["channels"], config["multipliers"],
-             config["blocks"], config["attention"], config["dropout"]), config["fourier"])
-    if outputs == 2:
-        denoiser = NoiseAndImage(denoiser, alphas)
-    return DDPM(denoiser, alphas, "image" if config["predict"] == "image" else "noise")
+    C, N = shape[0], len(config["fourier"])
+    unet = UNet(C * (1 + 2 * N), C, config["channels"], config["multipliers"], config["blocks"],
+                config["attention"], config["dropout"])
+    return DDPM(Fourier(unet, config["fourier"]), alphas, config["predict"])
 
 
 def draw_noise(config: dict, n: int) -> Tensor:

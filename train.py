@@ -56,8 +56,8 @@ OPTIONS = [
     ("channels", (16, 64), 16, COUNT, "width of the network's first layer"),
     ("timesteps", 1000, ABSENT, number(int, 2, 10**6), "length T of the chain"),
     ("schedule", "cauchy", ABSENT, list(SCHEDULES), "of alpha_t"),
-    ("predict", "both", ABSENT, ["both", "noise", "image"], "what the network puts out: both, the "
-     "noise (section 2.5) or the image (2.4)"),
+    ("predict", "noise", ABSENT, ["noise", "image"], "what the network puts out: the noise (section "
+     "2.5) or the image (2.4)"),
     ("multipliers", [1, 2, 4], ABSENT, COUNT, "width of each level, in multiples of --channels"),
     ("blocks", 1, ABSENT, COUNT, "residual blocks a level"),
     ("attention", [], ABSENT, number(int, 0), "levels with attention (0 is full resolution), "
@@ -103,7 +103,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
-    batch_size, total = config["batch_size"], total_steps(config)
+    batch_size, total = config["batch_size"], config["steps"]
     steps_per_epoch = config["images"] // batch_size
     # Pictures are drawn every so many steps: after an epoch, or after several.
     interval = steps_per_epoch * math.ceil(total / steps_per_epoch / MAX_PICTURES)
@@ -239,8 +239,8 @@ def warned() -> Iterator[None]:
 def caught_signals() -> Iterator[list[int]]:
     """Collects SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP in a list. The same
     signal again kills the process, except for SIGHUP, which a closed terminal may send twice."""
-    signals, before, hangup = [], {}, getattr(signal, "SIGHUP", None)  # Windows has none
-    caught = [signal.SIGINT, signal.SIGTERM]
+    signals, before, caught = [], {}, [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
         caught.append(hangup)
 
@@ -268,10 +268,6 @@ def signal_of_any_rank(signals: list[int]) -> int:
     if RANKS > 1:
         distributed.all_reduce(SIGNAL, distributed.ReduceOp.MAX)
     return SIGNAL.item()
-
-
-def total_steps(config: dict) -> int:
-    return config["steps"] or config["epochs"] * (config["images"] // config["batch_size"])
 
 
 def check_finite(step: int, *values: Tensor):
@@ -377,23 +373,20 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     add("--resume", help="go on with the run in --out", action="store_true")
     length = parser.add_mutually_exclusive_group()
     for name, *defaults, values, text in OPTIONS:
-        shown = {model: show(value) for model, value in zip(MODELS, defaults)
-                 if value not in (None, ABSENT)}
-        if len(shown) == 2 and len(set(shown.values())) == 1:
-            shown = {"both": shown["vae"]}
+        shown = {}
+        for model, value in zip(MODELS, defaults):
+            if isinstance(value, tuple):
+                value = "{} (on CUDA {})".format(*value)
+            elif isinstance(value, list):
+                value = " ".join(map(str, value)) or "none"
+            if value not in (None, ABSENT):
+                shown.setdefault(value, []).append(model)
+        text += "".join(f"; {value} for {' and '.join(shown[value])}" for value in shown)
         group = length if name in ("epochs", "steps") else parser
-        group.add_argument(f"--{name.replace('_', '-')}",
-                           help="; ".join([text, *(f"{shown[key]} for {key}" for key in shown)]),
+        group.add_argument(f"--{name.replace('_', '-')}", help=text,
                            nargs="*" if isinstance(defaults[0], list) else None,
                            **{"choices" if isinstance(values, list) else "type": values})
     return parser, vars(parser.parse_args(argv))
-
-
-def show(default) -> str:
-    """A default as --help has it."""
-    if isinstance(default, tuple):
-        return "{} (on CUDA {})".format(*default)
-    return " ".join(map(str, default)) or "none" if isinstance(default, list) else str(default)
 
 
 def defaults(model: str, device_type: str) -> dict:
@@ -451,8 +444,9 @@ def prepare(options: dict) -> tuple:
         raise ValueError(f"--data {data}: {len(images)} images {shape['image_shape']}, "
                          f"but this run began with {config['images']} of {config['image_shape']}")
     config.update(shape)
-    if state and state["step"] > total_steps(config):
-        raise ValueError(f"{total_steps(config)} steps: this run has taken {state['step']}; "
+    config["steps"] = config["steps"] or config["epochs"] * (len(images) // batch_size)
+    if state and state["step"] > config["steps"]:
+        raise ValueError(f"{config['steps']} steps: this run has taken {state['step']}; "
                          "--resume without --steps or --epochs goes on to the end that was set")
     torch.manual_seed(config["seed"])
     model = build_model(config).to(device)
