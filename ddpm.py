@@ -389,8 +389,8 @@ def cauchy_alphas(T: int) -> Tensor:
     takes shape. The tails are heavy for the ELBO's sake: even the longest step, the first, is only
     0.52, and the noise at t = 1 (standard deviation 0.002) is small beside a pixel's bin (0.008).
     This is T ≥ 1000, with λ from 12.4 to −7.5. A shorter chain has nearer ends and a wider s, so
-    that no step is too long. On MNIST it saves 0.35 bits/dim against `linear_alphas`, and looks
-    better. μ and s were tuned on images: for signals, try the other schedules first.
+    that no step is too long. On MNIST it saves 0.35 bits/dim against `linear_alphas`. μ and s were
+    tuned on images: for signals, try the other schedules first.
     """
     r = math.log(max(1, 1000 / T))
     mu, s = -2.0, 1.1 * math.exp(r / 2)
