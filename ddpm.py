@@ -149,8 +149,8 @@ class DDPM(nn.Module):
         if k is not None and (k < 1 or k % 1):
             raise ValueError(f"k must be a whole number from 1, got {k}")
 
-        # The initial block. In (2.44) it is the sum's term t = 1, which divides by σ_q²(1) = 0: any
-        # pixel that x̂_θ does not hit exactly would be impossible. So p_θ(x_0 | x_1) has the
+        # The initial block. In Thm 2.7, (2.44), it is the term t = 1, which divides by σ_q²(1) = 0:
+        # any pixel that x̂_θ does not hit exactly would be impossible. So p_θ(x_0 | x_1) has the
         # variance σ_q²(2) here, and a pixel has the probability of its bin.
         std, = self.at(2, x_0, self.variance_q.sqrt())
         mean, _ = self.p_transition(self.q_sample(x_0, 1, torch.randn_like(x_0)), 1)
@@ -350,8 +350,7 @@ def refuse_bytes(x: Tensor):
         raise ValueError(f"x must be floats, images in [-1, 1], got {x.dtype}")
 
 
-# -------------------------------------------------- not in the paper: α_t, which it leaves open,
-# and the bin of an 8-bit pixel
+# -------------------------------------------------- not in the paper: α_t, and a pixel's bin
 
 
 def linear_alphas(T: int) -> Tensor:
@@ -369,8 +368,8 @@ def cosine_alphas(T: int) -> Tensor:
 
     From "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), with its s = 0.008
     and 1 − α_t ≤ 0.999. It destroys small images more evenly over t than the linear schedule,
-    whose last quarter is almost pure noise. 1/√ᾱ_T is 20,291 for T = 1000, by which x̂_θ multiplies
-    an error of ε̂_θ: without clipping, predict the image.
+    whose last quarter is almost pure noise. x̂_θ multiplies an error of ε̂_θ by 1/√ᾱ_t, which is
+    20,291 at t = T = 1000: without clipping, predict the image.
     """
     s = 0.008
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -422,8 +421,7 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 # -------------------------------------------------- worked examples: python ddpm.py
 # A copy can do without everything below. Each subsection yields rows (what, formula, computed): a
-# side is a number, or draws whose mean is printed. "As printed" marks what stands in the paper and
-# the computation does not confirm.
+# side is a number, or draws whose mean is printed. Rows "as printed" show an error of the print.
 
 
 class ExactDDPM(DDPM):

@@ -40,8 +40,8 @@ FORMAT = 6  # of checkpoints
 
 def draw(model: nn.Module, noise: Tensor, steps: int | None, length: int, eta: float,
          keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """z decoded, or the chain run from x_T: uint8 images (n, C, H, W); and a DDPM's film, {i: the
-    first batch after i of the `length` steps}, for i = 0 and every i in `keep`."""
+    """Decode z, or run the chain from x_T: uint8 images (n, C, H, W), and of a DDPM {i: the first
+    batch after i of the `length` steps}, for i = 0 and every i in `keep`."""
     images, film, model = [], {0: to_uint8(noise[:BATCH])}, recorded(model)
     with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
         for x_T in noise.split(BATCH):
@@ -56,7 +56,7 @@ def draw(model: nn.Module, noise: Tensor, steps: int | None, length: int, eta: f
 
 
 def recorded(model: nn.Module) -> nn.Module:
-    """The same model to draw from; a DDPM's network is one launch on CUDA. (A VAE draws at once.)"""
+    """The same model to draw from; on CUDA a DDPM's network is one launch. (A VAE draws once.)"""
     if isinstance(model, VAE):
         return model
     return DDPM(cuda_graph(model.denoiser), model.alpha[1:], model.predict, model.clip)
@@ -108,8 +108,8 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         raise ValueError("no checkpoint.pt under runs/ here: train first, with python train.py "
                          "--model ddpm, or name a file with --checkpoint")
     args.out = args.out or args.checkpoint.with_name("samples.png")
-    files = {f"--{name.replace('_', '-')}": path for name in ("out", "chain", "strip", "latent_grid")
-             if (path := getattr(args, name))}
+    files = {f"--{name.replace('_', '-')}": getattr(args, name)
+             for name in ("out", "chain", "strip", "latent_grid") if getattr(args, name)}
     for option, path in files.items():
         suffixes = (".png", ".pt") if option == "--out" else (".png",)
         if path.suffix not in suffixes or not path.parent.is_dir():
@@ -122,8 +122,8 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         raise ValueError(f"{', '.join(files)}: each needs a file of its own")
     state, model = read_checkpoint(args.checkpoint)
     config = state["config"]
-    for option in ("steps", "eta", "chain", "strip") if config["model"] == "vae" else (
-            "latent_grid",):
+    foreign = ["steps", "eta", "chain", "strip"] if config["model"] == "vae" else ["latent_grid"]
+    for option in foreign:
         if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} does not go with {args.checkpoint}, "
                              f"a {config['model']}")
@@ -243,9 +243,9 @@ def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     host takes longer to launch them than a fast GPU takes to run them.
 
     f's Python runs only for the recording. So f must not wait for the device, nor use anything on
-    the host that changes. All else that f reads or writes must stay where it is, autocast's copies
-    of the weights included, if f is called under autocast. The random numbers are new at every
-    call: those that f itself would have drawn.
+    the host that changes. All else that f reads or writes must stay at its address; under autocast,
+    so must the cast copies of the weights. The random numbers are new at every call: those that f
+    itself would have drawn.
     """
     graphs = {}
 

@@ -56,7 +56,7 @@ OPTIONS = [
     ("channels", (16, 64), 16, COUNT, "width of the network's first layer"),
     ("timesteps", 1000, ABSENT, number(int, 2, 10**6), "length T of the chain"),
     ("schedule", "cauchy", ABSENT, list(SCHEDULES), "of alpha_t"),
-    ("predict", "noise", ABSENT, ["noise", "image"], "what the network puts out: the noise (section "
+    ("predict", "noise", ABSENT, ["noise", "image"], "the network's output: the noise (section "
      "2.5) or the image (2.4)"),
     ("multipliers", [1, 2, 4], ABSENT, COUNT, "width of each level, in multiples of --channels"),
     ("blocks", 1, ABSENT, COUNT, "residual blocks a level"),
@@ -87,9 +87,9 @@ RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0
 
 
 def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, test: Tensor,
-          device: torch.device, out: Path) -> tuple[nn.Module, int, int, int]:
+          device: torch.device, out: Path) -> tuple[nn.Module, int, int]:
     """Train the model as configured, from the start or from a checkpoint's state: returns its EMA,
-    the steps taken, their total, and the number of the signal that stopped it, or 0.
+    the steps taken, and the number of the signal that stopped it, or 0.
 
     config: the options by name, "model", "images" (how many) and "image_shape". images, test: uint8
     (N, C, H, W). Raises OSError if a checkpoint can't be written, and FloatingPointError before a
@@ -113,8 +113,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
               f"{config['lr'] * lr_share(step, total):.1e}", flush=True)
     bar = tqdm(total=total * batch_size, initial=step * batch_size, unit=" images",
                unit_scale=True, disable=RANK > 0)
-    # Every p.grad is a part of one vector, which a CUDA graph can write and ranks exchange in one
-    # call.
+    # Every p.grad is part of one vector: a CUDA graph writes it, and ranks exchange it in one call.
     weights = list(model.parameters())
     sizes = [p.numel() for p in weights]
     gradient = torch.zeros(sum(sizes), device=device)
@@ -189,7 +188,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
             signum = signal_of_any_rank(signals)
             if picture_due or signum or time.perf_counter() - saved > SAVE_EVERY:
                 saved = checkpoint()
-    return ema, step, total, signum
+    return ema, step, signum
 
 
 # ------------------------------------------------------------------------------ for the loop
@@ -300,15 +299,6 @@ def write_pictures(out: Path, step: int, model: nn.Module, x: Tensor, config: di
                     "reconstructions": pairs.flatten(0, 1)}
     for name, images in pictures.items():
         write_png(out / f"{name}_{step:06d}.png", [grid(to_uint8(images), columns=8)])
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, batch_size: int, device: torch.device,
-             options: dict) -> float:
-    """−ELBO in bits/dim, the mean over the images, in float32."""
-    bits = [model.bits_per_dim(to_float(batch, device), **options).sum()
-            for batch in images.split(batch_size)]
-    return torch.stack(bits).sum().item() / len(images)
 
 
 # ------------------------------------------------------------------------------ data
@@ -432,8 +422,7 @@ def prepare(options: dict) -> tuple:
     if RANKS > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    mnist = Path(__file__).with_name("data") / "mnist"
-    data = mnist if config["data"] is None else Path(config["data"])
+    data = Path(config["data"] or Path(__file__).with_name("data") / "mnist")
     images, test = load_images(data)
     batch_size = config["batch_size"]
     if batch_size > len(images) or batch_size % RANKS:
@@ -477,7 +466,7 @@ def main(argv: list[str] | None = None):
             print(f"train.py: warning: the brightest pixel is {images.max()} of 255: scale data of "
                   "another range to 0..255, or little is learned", file=sys.stderr)
     try:
-        ema, step, total, signum = train(*arguments)
+        ema, step, signum = train(*arguments)
     except FloatingPointError as error:
         parser.error(str(error))
     except OSError as error:
@@ -492,12 +481,15 @@ def main(argv: list[str] | None = None):
         folder = f'"{folder}"'  # quoted for the shell
     if RANK == 0 and signum:
         launcher = f"torchrun --nproc_per_node={RANKS}" if RANKS > 1 else "python"
-        print(f"stopped at step {step:,} of {total:,}; to go on: {launcher} train.py "
+        print(f"stopped at step {step:,} of {config['steps']:,}; to go on: {launcher} train.py "
               f"--model {config['model']} --out {folder} --resume")
     elif RANK == 0:
         n, evaluation = EVALUATION[config["model"]]
         torch.manual_seed(config["seed"])
-        bits = evaluate(recorded(ema), test[:n], config["batch_size"] // RANKS, device, evaluation)
+        ema, batches = recorded(ema), test[:n].split(config["batch_size"] // RANKS)
+        with torch.no_grad():  # in float32
+            bits = torch.cat([ema.bits_per_dim(to_float(x, device), **evaluation)
+                              for x in batches]).mean().item()
         nats = bits * math.log(2) * math.prod(config["image_shape"])
         result = (f"test ELBO {-nats:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
                   + "".join(f", {k} random t each" for k in evaluation.values()) + ")")

@@ -2,7 +2,7 @@
 """The network of section 2: x̂_θ(x_t) in §2.4, ε̂_θ(x_t) in §2.5 (arXiv 2403.18103, version 3).
 
 The tutorial leaves it open: anything that maps a noisy image x_t and its time t to an image of the
-same shape will do. `UNet` is that of "Denoising Diffusion Probabilistic Models"
+same shape will do. `UNet` is the network of "Denoising Diffusion Probabilistic Models"
 (arXiv 2006.11239), drawn for multipliers = (1, 2, 4):
 
     x_t ─ stem ─ level 0 ──────────── skips ───────────── level 0 ─ head ─ output    H   × W
@@ -105,7 +105,7 @@ class UNet(nn.Module):
     UNet(3, 3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1) is the
     CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters.
 
-    Raises ValueError for a configuration that makes no network, and for another shape of x_t.
+    Raises ValueError for an impossible configuration, and for an x_t of the wrong shape.
     """
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1, channels: int = 16,
@@ -166,9 +166,9 @@ class UNet(nn.Module):
         time = time_embedding(t.expand(len(x)), self.channels)  # (B, channels)
         time = self.time(time.to(x.dtype))                      # (B, 4 · channels)
 
-        # At level i, h is (B, channels · multipliers[i], H/2^i, W/2^i). On the way down it loses
-        # detail, level by level. So every output is kept for the way up, which joins the detail
-        # of a level to what the coarser levels have seen of the whole image.
+        # After a block of level i, h is (B, channels · multipliers[i], H/2^i, W/2^i). Going down
+        # loses detail. So every output is kept, and a block on the way up reads it beside h, which
+        # knows the whole image by way of the coarser levels.
         skips = [h := self.stem(x)]                             # (B, channels, H, W)
         for layer in self.down:
             h = layer(h, time) if isinstance(layer, ResidualBlock) else layer(h)
@@ -176,7 +176,7 @@ class UNet(nn.Module):
         for layer in self.middle:                               # the coarsest level
             h = layer(h, time)
         for layer in self.up:
-            if isinstance(layer, ResidualBlock):  # (B, c_h + c_skip, …) -> (B, c_h, …)
+            if isinstance(layer, ResidualBlock):  # reads c_h + c_skip channels
                 h = layer(torch.cat([h, skips.pop()], dim=1), time)
             else:
                 h = layer(h)

@@ -34,20 +34,20 @@ class GaussianMixture:
 
     Args:
         weights: π, (K,), not negative; scaled to sum to 1.
-        means: μ, (K, d), floats.
+        means: μ, (K, D), floats.
         stds: σ, (K,), positive.
     """
 
     def __init__(self, weights: Tensor, means: Tensor, stds: Tensor):
         if means.ndim != 2 or not weights.shape == means.shape[:1] == stds.shape:
-            raise ValueError("weights, means and stds must be (K,), (K, d) and (K,), got "
+            raise ValueError("weights, means and stds must be (K,), (K, D) and (K,), got "
                              f"{tuple(weights.shape)}, {tuple(means.shape)}, {tuple(stds.shape)}")
         scale = stds[:, None, None] * torch.eye(means.shape[1])  # σ_k I
         self.p_k = Categorical(weights)
         self.p_x_given_k = MultivariateNormal(means, scale_tril=scale)
 
     def log_joint(self, x: Tensor) -> Tensor:
-        """log p(x, k) = log π_k + log N(x | μ_k, σ_k² I) in nats: (n, d) -> (n, K)."""
+        """log p(x, k) = log π_k + log N(x | μ_k, σ_k² I) in nats: (n, D) -> (n, K)."""
         return self.p_k.logits + self.p_x_given_k.log_prob(x.unsqueeze(-2))
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class GaussianMixture:
         return self.posterior(x).argmax(-1)
 
     def decode(self, k: Tensor) -> Tensor:
-        """The decoder: a draw of x ~ p(x | k) = N(μ_k, σ_k² I) for each k: (n,) -> (n, d)."""
+        """The decoder: a draw of x ~ p(x | k) = N(μ_k, σ_k² I) for each k: (n,) -> (n, D)."""
         return torch.normal(self.p_x_given_k.mean[k], self.p_x_given_k.stddev[k])
 
 
@@ -237,8 +237,8 @@ def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
 
 # -------------------------------------------------- worked examples: python vae.py
 # A copy can do without everything below. Each subsection yields rows (what, formula, computed): a
-# side is a number, or draws whose mean is printed. "As printed" marks what stands in the paper and
-# the computation does not confirm. ELBOs and KLs are in nats.
+# side is a number, or draws whose mean is printed. Rows "as printed" show an error of the print.
+# ELBOs and KLs are in nats.
 
 # From Ex. 1.3 on, x ~ N(μ, σ² I). x and z have the same dimension, the paper's d, here D.
 D, MU, SIGMA = 64, 0.3, 0.5
