@@ -238,7 +238,7 @@ class TestSchedules(Test):
         for T in (20, 27, 60, 130, 400):
             chains = [ExactDDPM(schedule(T), clip=True, mu=(-0.7, 0.6), sigma=(0.05, 0.1))
                       for schedule in (cauchy_alphas, cosine_alphas)]
-            x_0 = (chains[0].p(0).sample((4000,)).clamp(-1, 1) * 127.5).round() / 127.5
+            x_0 = ((chains[0].p(0).sample((4000,)).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
             cauchy, cosine = (ddpm.bits_per_dim(x_0, k=min(T, 100)).mean() for ddpm in chains)
             self.assertLess(cauchy, 1.1 * cosine, T)
             if T == 20:
@@ -1365,6 +1365,7 @@ train.main()
             self.assertFalse(new.exists())
 
         check("no IDX file train.*folder of pictures", self.folder / "nowhere")
+        check("no IDX file train", "")  # which is not the default
         write_idx(training, images)
         check("no IDX file t10k")
         for expected, shape, value in (

@@ -422,7 +422,8 @@ def prepare(options: dict) -> tuple:
     if RANKS > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    data = Path(config["data"] or Path(__file__).with_name("data") / "mnist")
+    mnist = Path(__file__).with_name("data") / "mnist"
+    data = mnist if config["data"] is None else Path(config["data"])
     images, test = load_images(data)
     batch_size = config["batch_size"]
     if batch_size > len(images) or batch_size % RANKS:
