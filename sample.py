@@ -32,7 +32,6 @@ from unet import Fourier, UNet
 from vae import VAE, conv_networks
 
 BATCH = 256  # images that the network draws at a time
-CHAIN_FRAMES = 60  # of the animation, at most
 STRIP_FRAMES, STRIP_IMAGES = 11, 8  # columns and rows of the film strip
 LATENT_SIDE = 12  # images along each side of the latent grid
 FORMAT = 6  # of checkpoints
@@ -92,9 +91,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         help="auto is bf16 autocast on hardware that has bf16 (default: auto)")
     add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
         "(default: samples.png beside the checkpoint)")
-    add("--chain", type=Path, metavar="FILE.png",
-        help=f"ddpm: also an animated PNG of the first {BATCH} on their way from x_T to x_0")
-    add("--strip", type=Path, metavar="FILE.png", help="ddpm: also the chain as a film strip")
+    add("--strip", type=Path, metavar="FILE.png", help=f"ddpm: also a film strip of the first "
+        f"{STRIP_IMAGES} on their way from x_T to x_0")
     add("--latent-grid", type=Path, metavar="FILE.png",
         help="vae with --latent-dim 2: also what the decoder makes of every z of a grid")
     return parser, parser.parse_args(argv)
@@ -109,7 +107,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
                          "--model ddpm, or name a file with --checkpoint")
     args.out = args.out or args.checkpoint.with_name("samples.png")
     files = {f"--{name.replace('_', '-')}": getattr(args, name)
-             for name in ("out", "chain", "strip", "latent_grid") if getattr(args, name)}
+             for name in ("out", "strip", "latent_grid") if getattr(args, name)}
     for option, path in files.items():
         suffixes = (".png", ".pt") if option == "--out" else (".png",)
         if path.suffix not in suffixes or not path.parent.is_dir():
@@ -122,7 +120,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         raise ValueError(f"{', '.join(files)}: each needs a file of its own")
     state, model = read_checkpoint(args.checkpoint)
     config = state["config"]
-    foreign = ["steps", "eta", "chain", "strip"] if config["model"] == "vae" else ["latent_grid"]
+    foreign = ["steps", "eta", "strip"] if config["model"] == "vae" else ["latent_grid"]
     for option in foreign:
         if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} does not go with {args.checkpoint}, "
@@ -142,22 +140,19 @@ def main(argv: list[str] | None = None):
     try:
         model, noise, files = prepare(args)
         length = args.steps or getattr(model, "T", 1)
-        chain = evenly(length, CHAIN_FRAMES) if args.chain else []
         strip = evenly(length, STRIP_FRAMES) if args.strip else []
         with autocast(noise.device, args.precision):
             images, film = draw(model, noise, args.steps, length,
-                                1.0 if args.eta is None else args.eta, chain + strip)
+                                1.0 if args.eta is None else args.eta, strip)
         if args.out.suffix == ".pt":
             save(args.out, images)
         else:
-            write_png(args.out, [grid(images)])
-        if args.chain:
-            write_png(args.chain, [grid(film[i]) for i in chain])
+            write_png(args.out, grid(images))
         if args.strip:
             rows = torch.stack([film[i][:STRIP_IMAGES] for i in strip], dim=1)
-            write_png(args.strip, [grid(rows.flatten(0, 1), columns=len(strip))])
+            write_png(args.strip, grid(rows.flatten(0, 1), columns=len(strip)))
         if args.latent_grid:
-            write_png(args.latent_grid, [grid(to_uint8(latent_grid(model, noise.device)))])
+            write_png(args.latent_grid, grid(to_uint8(latent_grid(model, noise.device))))
     except torch.OutOfMemoryError:
         parser.error("out of memory: a smaller -n needs less")
     except (ValueError, OSError) as error:
@@ -325,34 +320,17 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return F.pad(picture.reshape(C, rows * (H + 2), columns * (W + 2)), (1, 1, 1, 1))
 
 
-def write_png(path: Path | str, frames: list[Tensor]):
-    """Write uint8 frames (C, H, W), C = 1 or 3, as an animated PNG; a single one is a still.
-
-    PNG (ISO/IEC 15948) is a signature and chunks: IHDR, compressed IDAT, IEND. APNG adds acTL
-    (how many frames), fcTL before each frame, and fdAT: an IDAT with a number in front. A viewer
-    that does not know them shows the first frame.
-    """
-    C, H, W = frames[0].shape
+def write_png(path: Path | str, picture: Tensor):
+    """Write uint8 (C, H, W), C = 1 or 3, as a PNG (ISO/IEC 15948): a signature and three chunks."""
+    C, H, W = picture.shape
+    rows = bytearray(H * (1 + W * C))  # each after a 0: no filter
+    torch.frombuffer(rows, dtype=torch.uint8).view(H, -1)[:, 1:] = (
+        picture.permute(1, 2, 0).reshape(H, W * C))
     parts = [b"\x89PNG\r\n\x1a\n"]
-
-    def chunk(kind: bytes, data: bytes):
+    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", W, H, 8, {1: 0, 3: 2}[C], 0, 0, 0)),
+                       (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")):
         parts.append(struct.pack(">I", len(data)) + kind + data
                      + struct.pack(">I", zlib.crc32(kind + data)))
-
-    chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, {1: 0, 3: 2}[C], 0, 0, 0))
-    chunk(b"acTL", struct.pack(">II", len(frames), 0))
-    for i, frame in enumerate(frames):  # fcTL and fdAT have one count: fcTL 0, fcTL 1, fdAT 2, …
-        delay = 60 if i < len(frames) - 1 else 2000  # ms
-        chunk(b"fcTL", struct.pack(">5I2H2B", max(0, 2 * i - 1), W, H, 0, 0, delay, 1000, 0, 0))
-        rows = bytearray(H * (1 + W * C))  # each after a 0: no filter
-        torch.frombuffer(rows, dtype=torch.uint8).view(H, -1)[:, 1:] = (
-            frame.permute(1, 2, 0).reshape(H, W * C))
-        data = zlib.compress(rows, 9)
-        if i == 0:
-            chunk(b"IDAT", data)
-        else:
-            chunk(b"fdAT", struct.pack(">I", 2 * i) + data)
-    chunk(b"IEND", b"")
     Path(path).write_bytes(b"".join(parts))
 
 

@@ -2,7 +2,8 @@
 
 Every formula is compared with an independent source: a closed form, torch.distributions, numerical
 integration, or a Monte-Carlo mean with a tolerance of 5 of its own standard errors. TestExamples
-checks the rows of `python vae.py` and `python ddpm.py`; what they show has no second test.
+checks the rows of `python vae.py` and `python ddpm.py`; what they show has no second test. Then, in
+order: section 1, section 2, the network, files, whole runs, the README, and what it promises.
 """
 import concurrent.futures
 import contextlib
@@ -615,32 +616,22 @@ class TestAdditions(Test):
 
 
 def decode_png(path):
-    """The frames of an animated PNG, and their delays in seconds, by a reader of its own."""
-    data, at, kinds, bodies = path.read_bytes(), 8, [], []
+    """(C, H, W), by a reader of its own."""
+    data, at, chunks = path.read_bytes(), 8, {}
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     while at < len(data):
         length, = struct.unpack_from(">I", data, at)
         checked, crc = data[at + 4:at + 8 + length], data[at + 8 + length:at + 12 + length]
         assert struct.unpack(">I", crc)[0] == zlib.crc32(checked)
-        kinds.append(checked[:4])
-        bodies.append(checked[4:])
+        chunks[checked[:4]] = checked[4:]
         at += 12 + length
-    width, height, depth, color, *rest = struct.unpack(">IIBBBBB", bodies[0])
-    count, _ = struct.unpack(">II", bodies[1])
+    assert list(chunks)[0] == b"IHDR" and list(chunks)[-1] == b"IEND"
+    width, height, depth, color, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
     assert (depth, rest) == (8, [0, 0, 0])
-    assert kinds == [b"IHDR", b"acTL", b"fcTL", b"IDAT", *[b"fcTL", b"fdAT"] * (count - 1), b"IEND"]
-    frames, delays = [], []
-    for i in range(count):
-        number, *size, delay, unit, _ = struct.unpack(">IIIIIHHH", bodies[2 + 2 * i])
-        assert (number, size) == (max(0, 2 * i - 1), [width, height, 0, 0])
-        start = struct.pack(">I", 2 * i) if i > 0 else b""  # the number in front of fdAT
-        assert bodies[3 + 2 * i].startswith(start)
-        pixels = bytearray(zlib.decompress(bodies[3 + 2 * i][len(start):]))
-        rows = torch.frombuffer(pixels, dtype=torch.uint8).view(height, -1)
-        assert (rows[:, 0] == 0).all()  # filter type 0: the bytes themselves
-        frames.append(rows[:, 1:].view(height, width, {0: 1, 2: 3}[color]).permute(2, 0, 1))
-        delays.append(delay / unit)
-    return frames, delays
+    body = bytearray(zlib.decompress(chunks[b"IDAT"]))
+    rows = torch.frombuffer(body, dtype=torch.uint8).view(height, -1)
+    assert (rows[:, 0] == 0).all()  # filter type 0: the bytes themselves
+    return rows[:, 1:].view(height, width, {0: 1, 2: 3}[color]).permute(2, 0, 1)
 
 
 class FileTest(Test):
@@ -656,12 +647,9 @@ class FileTest(Test):
 class TestPNG(FileTest):
     def test_pixels_come_back(self):
         for channels in (1, 3):
-            frames = list(torch.randint(0, 256, (4, channels, 5, 7), dtype=torch.uint8))
-            for count, expected in ((1, [2]), (4, [0.06, 0.06, 0.06, 2])):
-                sample.write_png(self.folder / "x.png", frames[:count])
-                decoded, delays = decode_png(self.folder / "x.png")
-                self.assertSame(decoded, frames[:count])
-                self.assertEqual(delays, expected)
+            picture = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+            sample.write_png(self.folder / "x.png", picture)
+            self.assertSame(decode_png(self.folder / "x.png"), picture)
 
     def test_grid(self):
         images = torch.arange(1, 6, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 6)
@@ -900,27 +888,24 @@ class TestEndToEnd(CommandTest):
         self.assertRegex(text, r"test ELBO -[\d.]+ nats, [\d.]+ bits/dim "
                                r"\(60 images, 20 random t each\)")
         self.assertIn("sample.py", text)
-        pictures = [decode_png(self.run_folder / f"samples_{step:06d}.png")[0][0]
+        pictures = [decode_png(self.run_folder / f"samples_{step:06d}.png")
                     for step in (16, 32, 48)]
         self.assertEqual([picture.shape for picture in pictures], [(1, 8 * 30 + 2, 8 * 30 + 2)] * 3)
 
-        tensor, film, strip = (self.folder / name for name in ("x.pt", "film.png", "strip.png"))
+        tensor, strip = self.folder / "x.pt", self.folder / "strip.png"
         with mock.patch.object(sample, "BATCH", 3):
-            self.draw("-n", 5, "--out", tensor, "--chain", film)
+            self.draw("-n", 5, "--out", tensor)
         self.assertEqual(len(sample.load(tensor)), 5)
-        frames, _ = decode_png(film)
-        self.assertEqual(len(frames), 21)  # x_20, …, x_0, of the first batch
-        self.assertTrue((frames[-1] == sample.grid(sample.load(tensor)[:3])).all())
         self.draw("-n", 5, "--out", tensor, "--strip", strip)
         images = sample.load(tensor)
         self.assertEqual((images.shape, images.dtype), ((5, 1, 28, 28), torch.uint8))
-        (still,), _ = decode_png(strip)
+        still = decode_png(strip)
         self.assertEqual(still.shape, (1, 5 * 30 + 2, 11 * 30 + 2))
 
         # They are drawn with the moving average of the weights, without dropout.
         state, model = sample.read_checkpoint(self.checkpoint)
         train.write_pictures(self.folder, 48, model, torch.zeros(0), state["config"])
-        (again,), _ = decode_png(self.folder / "samples_000048.png")
+        again = decode_png(self.folder / "samples_000048.png")
         self.assertLessEqual((pictures[-1].int() - again.int()).abs().max(), 1)
         for weights, same in (("ema", True), ("model", False)):
             model.load_state_dict(state[weights])
@@ -930,7 +915,7 @@ class TestEndToEnd(CommandTest):
 
         # The same seed gives the same images, in any form; another seed or sampler does not.
         self.draw("-n", 5, "--out", self.folder / "x.png")
-        (picture,), _ = decode_png(self.folder / "x.png")
+        picture = decode_png(self.folder / "x.png")
         self.assertTrue((picture == sample.grid(images)).all())
         for other in (["--seed", 1], ["--steps", 5], ["--eta", 0], ["--precision", "bf16"]):
             self.draw("-n", 5, "--out", tensor, *other)
@@ -938,7 +923,7 @@ class TestEndToEnd(CommandTest):
 
     def test_vae(self):
         text = self.command("train.py", *self.options("vae", "--epochs", 3, "--latent-dim", 2))
-        (picture,), _ = decode_png(self.run_folder / "reconstructions_000048.png")
+        picture = decode_png(self.run_folder / "reconstructions_000048.png")
         _, originals = train.load_images(self.data)
         self.assertTrue((picture[:, 2:30, 2:30] == originals[0]).all())
         x = sample.to_float(originals, CPU)
@@ -953,11 +938,11 @@ class TestEndToEnd(CommandTest):
         self.assertIn(f"test ELBO {nats:.1f} nats, {bits:.3f} bits/dim (60 images)", text)
         with mock.patch.object(sample, "BATCH", 32):
             self.draw("-n", 65, "--latent-grid", self.folder / "grid.png")
-        (picture,), _ = decode_png(self.run_folder / "samples.png")
+        picture = decode_png(self.run_folder / "samples.png")
         torch.manual_seed(0)
         images = sample.to_uint8(vae.sample(torch.randn(65, 2)))
         self.assertLessEqual((picture.int() - sample.grid(images).int()).abs().max(), 1)
-        (picture,), _ = decode_png(self.folder / "grid.png")
+        picture = decode_png(self.folder / "grid.png")
         z = Normal(0.0, 1.0).icdf((torch.arange(12) + 0.5) / 12)
         for row, column in ((0, 0), (0, 11), (7, 3)):  # z_1 to the right, z_2 upwards
             digit = sample.to_uint8(vae.sample(torch.stack([z[column], z[11 - row]])[None]))[0]
@@ -971,7 +956,7 @@ class TestEndToEnd(CommandTest):
             out = self.folder / model
             self.in_process(*self.options(model, "--data", data, "--epochs", 1, *options, out=out))
             self.draw("-n", 2, checkpoint=out / "checkpoint.pt")
-            (picture,), _ = decode_png(out / "samples.png")
+            picture = decode_png(out / "samples.png")
             self.assertEqual(picture.shape, (3, 14 + 2, 2 * 18 + 2))
             self.assertFalse((picture[0] == picture[1]).all())
 
@@ -1066,89 +1051,18 @@ class TestReadme(FileTest):
                 if "ExactDDPM" in block:  # what is learned, beside what is exact
                     numbers = [float(x) for x in re.findall(r"\d\.\d+", printed.getvalue())]
                     self.assertClose(numbers[3:], numbers[:3], rtol=0.1)
-        (drawn,), (asset,) = (decode_png(folder / "figure_2_7.png")[0] for folder in (
+        drawn, asset = (decode_png(folder / "figure_2_7.png") for folder in (
             self.folder, HERE / "assets"))
         self.assertLess((drawn != asset).float().mean(), 0.05)  # other torch, other random x
         self.assertEqual(sample.load(self.folder / "cifar10.pt").shape, (5, 3, 32, 32))
-        self.assertEqual(decode_png(self.folder / "digit_3.png")[0][0].shape, (1, 8, 8))
+        self.assertEqual(decode_png(self.folder / "digit_3.png").shape, (1, 8, 8))
 
 
-class TestRuns(CommandTest):
-    @unittest.skipIf(os.name == "nt", "Windows has other signals")
-    def test_interrupted_and_resumed_equals_uninterrupted(self):
-        straight = self.folder / "straight"
-        self.in_process(*self.options("vae", "--steps", 240, out=straight))
-        for ask in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
-            stopped = self.folder / f"stopped {ask}"
-            arguments = list(map(str, self.options("vae", "--steps", 240, out=stopped)))
-            process = subprocess.Popen(
-                [sys.executable, HERE / "train.py", *arguments], cwd=self.folder,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            until = time.monotonic() + 60
-            while not (stopped / "metrics.csv").exists() or len(self.metrics(stopped)) < 3:
-                self.assertLess(time.monotonic(), until)
-                time.sleep(0.01)
-            process.send_signal(ask)
-            output, errors = process.communicate(timeout=60)
-            status = -9 if ask == signal.SIGKILL else 128 + ask
-            self.assertEqual(process.returncode, status, errors)
-            self.assertNotIn("Traceback", errors)
-            step = sample.load(stopped / "checkpoint.pt")["step"]
-            if ask == signal.SIGKILL:
-                self.assertEqual(step % 16, 0)  # the last whole epoch
-                self.command("train.py", *arguments, "--resume")
-            else:
-                self.assertIn(f"stopped at step {step} of 240", output)
-                self.command("train.py", *shlex.split(output.split("train.py ")[1]))
+# -------------------------------------------------------------------- what the README promises
 
-            for x, y in zip(self.metrics(straight), self.metrics(stopped), strict=True):
-                columns = ["step", "epoch", "lr"]
-                if int(x["step"]) != step // 10 * 10 + 10:  # the row of the steps before and after
-                    columns.append("loss")
-                self.assertEqual(*([row[name] for name in columns] for row in (x, y)))
-            self.assertSameEnd(straight, stopped)
 
-    @unittest.skipIf(os.name == "nt", "Windows has no such signal")
-    def test_a_hang_up_comes_twice_or_is_ignored(self):
-        for handler, heard in ((signal.SIG_DFL, [signal.SIGHUP] * 2), (signal.SIG_IGN, [])):
-            before = signal.signal(signal.SIGHUP, handler)
-            with train.caught_signals() as signals:
-                for _ in range(2):
-                    signal.raise_signal(signal.SIGHUP)
-            self.assertEqual((signals, signal.signal(signal.SIGHUP, before)), (heard, handler))
-
-    def test_nobody_watches(self):
-        # Its output goes into a pipe that nobody reads, from the first line on.
-        reader, writer = os.pipe()
-        process = subprocess.Popen(
-            [sys.executable, HERE / "train.py", *map(str, self.options("vae", "--steps", 30))],
-            stdout=writer, stderr=writer)
-        os.close(reader)
-        os.close(writer)
-        self.assertEqual(process.wait(timeout=60), 0)
-        self.assertRegex((self.run_folder / "result.txt").read_text(),
-                         r"\Atest ELBO -[\d.]+ nats, [\d.]+ bits/dim \(60 images\)\n\Z")
-
-    def test_what_can_not_be_written_costs_a_line(self):
-        # Two rows and their head, one picture and the result; and the data are dark.
-        files, dark = ("metrics.csv", "samples_000020.png", "result.txt"), self.folder / "dark.pt"
-        torch.save(torch.arange(16).byte().expand(99, 1, 16, 16), dark)
-        options = self.options("vae", "--data", dark, "--steps")
-        self.in_process(*options, 1)
-        for name in files:
-            (self.run_folder / name).unlink(missing_ok=True)
-            (self.run_folder / name).mkdir()
-        self.in_process(*options, 20, "--resume")
-        first, *warnings = re.findall("^.*warning: (.*)$", self.errors, re.M)
-        self.assertIn("the brightest pixel is 15 of 255", first)
-        self.assertEqual([sum(name in line for line in warnings) for name in files], [3, 1, 1])
-        self.assertEqual(sample.load(self.checkpoint)["step"], 20)
-
-    def test_out_of_memory(self):
-        with mock.patch.object(train, "next_batch", side_effect=torch.OutOfMemoryError):
-            self.assertMistake("train.py", self.options("vae"), "smaller --batch-size")
-        with mock.patch.object(sample, "draw", side_effect=torch.OutOfMemoryError):
-            self.assertMistake("sample.py", ["--checkpoint", self.checkpoint], "smaller -n")
+class TestTraining(CommandTest):
+    """The loop: recipes, batches, gradient steps, EMA."""
 
     def test_defaults(self):
         cpu = {"channels": 16, "batch_size": 40, "lr": 3e-3, "steps": 5600, "timesteps": 1000,
@@ -1165,102 +1079,9 @@ class TestRuns(CommandTest):
             for other in ("cpu", "cuda"):  # a run goes on as it began
                 self.assertEqual(train.configure({"model": model}, new, other), new)
         text = " ".join(self.command("train.py", "--help").split())
-        for words in ("in a step, of all devices together; 40 (on CUDA 256) for ddpm; 128 for vae",
-                      "of every random number; 0 for ddpm and vae", "of z; 8 for vae"):
+        for words in ("of all devices together; 40 for ddpm; 256 for ddpm on CUDA; 128 for vae",
+                      "of every random number; 0 --", "of z; 8 for vae"):
             self.assertIn(words, text)
-
-    def test_outside_the_main_thread(self):
-        # Where no signal can be caught.
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            pool.submit(self.in_process, *self.options("vae", "--steps", 2)).result()
-        self.assertEqual(sample.load(self.checkpoint)["step"], 2)
-
-    def test_a_loss_that_is_no_number_stops_the_run(self):
-        loss, bad = VAE.loss, iter([1] * 19 + [math.nan] + [1] * 5 + [math.inf])
-        options = self.options("vae", "--steps", 40)
-        with mock.patch.object(VAE, "loss", lambda vae, x: next(bad, 1) * loss(vae, x)):
-            self.assertMistake("train.py", options, "step 20: .* nan or inf; a new run.*--lr")
-            self.assertEqual(sample.load(self.checkpoint)["step"], 16)
-            self.assertEqual([row["step"] for row in self.metrics()], ["10"])
-            self.assertMistake("train.py", [*options, "--resume"], "step (20|30): .* nan")
-        self.assertEqual(sample.load(self.checkpoint)["step"], 16)
-
-    def test_no_checkpoint_holds_weights_that_are_no_numbers(self):
-        # √0 adds nothing to the loss, and a nan to the gradient.
-        root = [0] * 16 + [1]  # the first is the trial before the run
-        loss = VAE.loss
-        with mock.patch.object(VAE, "loss", lambda vae, x: loss(vae, x) + (
-                (0 * next(vae.parameters()).sum()).sqrt() if root.pop(0) else 0)):
-            self.assertMistake("train.py", self.options("vae", "--steps", 16),
-                               "step 16: .* a weight")
-        self.assertEqual(sample.load(self.checkpoint)["step"], 0)
-
-    def test_a_checkpoint_every_five_minutes(self):
-        # By a clock on which 40 s pass between one look and the next.
-        clock, saved = itertools.count(0, 40), []
-        with mock.patch.object(train.time, "perf_counter", lambda: next(clock)), \
-                mock.patch.object(train, "save", lambda path, state: saved.append(state)):
-            self.in_process(*self.options("vae", "--batch-size", 4, "--epochs", 1))
-        times = [state["seconds"] for state in saved]
-        self.assertLess(max(b - a for a, b in zip(times, times[1:])), 300 + 5 * 40)
-        self.assertIn(len(saved), range(6, 12))
-        row = self.metrics()[-1]
-        self.assertEqual(row["images_per_second"], f"{256 / float(row['seconds']):.1f}")
-
-    def test_what_may_change(self):
-        self.in_process(*self.options("vae", "--steps", 16))
-        moved = self.folder / "moved"
-        self.data.rename(moved)
-        options = self.options("vae", "--resume", "--steps", 17)
-        self.assertMistake("train.py", options, "no IDX file")
-        output = self.in_process(*options, "--data", moved)
-        seconds = [float(row["seconds"]) for row in self.metrics()]
-        self.assertEqual(seconds, sorted(seconds))  # the clock goes on, too
-        # A finished run that goes on: the learning rate rises again, and the first line says so.
-        self.assertRegex(output, r"on from step 16 of 17, at a learning rate of 3\.\de-05")
-        torch.save(torch.full((257, 1, 28, 28), 9, dtype=torch.uint8), self.folder / "other.pt")
-        self.assertMistake("train.py", [*options, "--data", self.folder / "other.pt"],
-                           "248 images .* began with 256")
-
-    # What torchrun starts: train.py without chance in the VAE, and with a signal to rank 1 alone.
-    RANKS_SCRIPT = """
-import itertools, signal, sys, torch, train, vae
-
-loss, last, calls = vae.VAE.loss, int(sys.argv.pop()), itertools.count(1)
-
-def forward(model, x):
-    print(f" seed {torch.initial_seed()} ", end="", flush=True)  # one write: ranks share the pipe
-    if next(calls) == last and train.RANK == 1:
-        signal.raise_signal(signal.SIGTERM)
-    return loss(model, x)
-
-vae.VAE.reparameterize = lambda model, mu, log_var: mu
-vae.VAE.forward = forward
-train.main()
-"""
-
-    def test_two_ranks_are_one_process(self):
-        script, env = self.folder / "ranks.py", {**os.environ, "PYTHONPATH": str(HERE)}
-        script.write_text(self.RANKS_SCRIPT)
-        together = {"launcher": ["-m", "torch.distributed.run", "--nproc_per_node=2"], "env": env}
-        both, one = self.run_folder, self.folder / "one"
-        options = ["--batch-size", 32, "--steps", 20]
-        output = self.command(script, *self.options("vae", *options), 0, **together)
-        seeds = re.findall(r"seed (\S+)", output)
-        self.assertEqual(len(set(seeds)), 1 + 2 * 20)  # that of the trial, and a step's on a rank
-        self.command(script, *self.options("vae", *options, out=one), 0, env=env)
-        for x, y in zip(self.metrics(both), self.metrics(one), strict=True):
-            self.assertEqual((x["step"], x["epoch"], x["lr"]), (y["step"], y["epoch"], y["lr"]))
-            self.assertClose(float(x["loss"]), float(y["loss"]), rtol=1e-4)
-        a, b = (sample.load(folder / "checkpoint.pt")["model"] for folder in (both, one))
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # half a step; Adam magnifies rounding
-        # More steps, by one process again, and then by two of which one gets a signal.
-        options = ["--batch-size", 32, "--resume", "--steps"]
-        self.command("train.py", *self.options("vae", *options, 23))
-        output = self.command(script, *self.options("vae", *options, 90), 5, status=1, **together)
-        self.assertIn("stopped at step 27 of 90", output)
-        self.assertIn("torchrun --nproc_per_node=2 train.py", output)
-        self.assertEqual(sample.load(both / "checkpoint.pt")["step"], 27)
 
     def test_ema_decay(self):
         for step, decay in ((1, 1 / 11), (90, 0.9), (10**6, 0.9999)):
@@ -1309,6 +1130,10 @@ train.main()
             for row, part in zip(rows, torch.stack(losses).split(10)):
                 self.assertClose(float(row["loss"]), part.mean().item(), rtol=1e-3)
 
+
+class TestPromises(CommandTest):
+    # 1. A mistake costs one line and status 2, and no file changes.
+
     def test_mistakes_with_options(self):
         self.in_process(*self.options("vae", "--steps", 2))
         before = {path: path.read_bytes() for path in self.run_folder.iterdir()}
@@ -1337,10 +1162,10 @@ train.main()
                 ("No such file", "--checkpoint", "nowhere.pt"),
                 ("directory", "--checkpoint", self.run_folder),
                 ("metrics.csv: ", "--checkpoint", self.run_folder / "metrics.csv"),
-                ("a vae", "--eta", 0.5), ("a vae", "--chain", "x.png"),
+                ("a vae", "--eta", 0.5), ("a vae", "--strip", "x.png"),
                 ("z .* 4 numbers", "--latent-grid", "x.png"),
                 ("--device cuda:99: [^.]*$", "--device", "cuda:99"),
-                ("must end in", "--out", "x.jpg"), ("must end in", "--chain", "x.pt"),
+                ("must end in", "--out", "x.jpg"), ("must end in", "--strip", "x.pt"),
                 ("--out nowhere/x.png: .* a folder that exists", "--out", "nowhere/x.png"),
                 ("not overwritten", "--out", self.checkpoint),  # nor that of another run
                 ("not overwritten", "--out", self.folder / "checkpoint.pt"),
@@ -1393,6 +1218,183 @@ train.main()
                 (Path("x"), "x.pt: .*Path")):
             torch.save(value, path)
             check(expected, path)
+
+    def test_out_of_memory(self):
+        with mock.patch.object(train, "batches", side_effect=torch.OutOfMemoryError):
+            self.assertMistake("train.py", self.options("vae"), "smaller --batch-size")
+        with mock.patch.object(sample, "draw", side_effect=torch.OutOfMemoryError):
+            self.assertMistake("sample.py", ["--checkpoint", self.checkpoint], "smaller -n")
+
+    # 2. At most five minutes are lost, whatever ends a run; and little ends it.
+
+    def test_a_checkpoint_every_five_minutes(self):
+        # By a clock on which 40 s pass between one look and the next.
+        clock, saved = itertools.count(0, 40), []
+        with mock.patch.object(train.time, "perf_counter", lambda: next(clock)), \
+                mock.patch.object(train, "save", lambda path, state: saved.append(state)):
+            self.in_process(*self.options("vae", "--batch-size", 4, "--epochs", 1))
+        times = [state["seconds"] for state in saved]
+        self.assertLess(max(b - a for a, b in zip(times, times[1:])), 300 + 5 * 40)
+        self.assertIn(len(saved), range(6, 12))
+        row = self.metrics()[-1]
+        self.assertEqual(row["images_per_second"], f"{256 / float(row['seconds']):.1f}")
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such signal")
+    def test_a_hang_up_comes_twice_or_is_ignored(self):
+        for handler, heard in ((signal.SIG_DFL, [signal.SIGHUP] * 2), (signal.SIG_IGN, [])):
+            before = signal.signal(signal.SIGHUP, handler)
+            with train.caught_signals() as signals:
+                for _ in range(2):
+                    signal.raise_signal(signal.SIGHUP)
+            self.assertEqual((signals, signal.signal(signal.SIGHUP, before)), (heard, handler))
+
+    def test_outside_the_main_thread(self):
+        # Where no signal can be caught.
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            pool.submit(self.in_process, *self.options("vae", "--steps", 2)).result()
+        self.assertEqual(sample.load(self.checkpoint)["step"], 2)
+
+    def test_nobody_watches(self):
+        # Its output goes into a pipe that nobody reads, from the first line on.
+        reader, writer = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, HERE / "train.py", *map(str, self.options("vae", "--steps", 30))],
+            stdout=writer, stderr=writer)
+        os.close(reader)
+        os.close(writer)
+        self.assertEqual(process.wait(timeout=60), 0)
+        self.assertRegex((self.run_folder / "result.txt").read_text(),
+                         r"\Atest ELBO -[\d.]+ nats, [\d.]+ bits/dim \(60 images\)\n\Z")
+
+    def test_what_can_not_be_written_costs_a_line(self):
+        # Two rows and their head, one picture and the result; and the data are dark.
+        files, dark = ("metrics.csv", "samples_000020.png", "result.txt"), self.folder / "dark.pt"
+        torch.save(torch.arange(16).byte().expand(99, 1, 16, 16), dark)
+        options = self.options("vae", "--data", dark, "--steps")
+        self.in_process(*options, 1)
+        for name in files:
+            (self.run_folder / name).unlink(missing_ok=True)
+            (self.run_folder / name).mkdir()
+        self.in_process(*options, 20, "--resume")
+        first, *warnings = re.findall("^.*warning: (.*)$", self.errors, re.M)
+        self.assertIn("the brightest pixel is 15 of 255", first)
+        self.assertEqual([sum(name in line for line in warnings) for name in files], [3, 1, 1])
+        self.assertEqual(sample.load(self.checkpoint)["step"], 20)
+
+    # 3. A resumed run ends with the weights of an uninterrupted one.
+
+    @unittest.skipIf(os.name == "nt", "Windows has other signals")
+    def test_interrupted_and_resumed_equals_uninterrupted(self):
+        straight = self.folder / "straight"
+        self.in_process(*self.options("vae", "--steps", 240, out=straight))
+        for ask in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
+            stopped = self.folder / f"stopped {ask}"
+            arguments = list(map(str, self.options("vae", "--steps", 240, out=stopped)))
+            process = subprocess.Popen(
+                [sys.executable, HERE / "train.py", *arguments], cwd=self.folder,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            until = time.monotonic() + 60
+            while not (stopped / "metrics.csv").exists() or len(self.metrics(stopped)) < 3:
+                self.assertLess(time.monotonic(), until)
+                time.sleep(0.01)
+            process.send_signal(ask)
+            output, errors = process.communicate(timeout=60)
+            status = -9 if ask == signal.SIGKILL else 128 + ask
+            self.assertEqual(process.returncode, status, errors)
+            self.assertNotIn("Traceback", errors)
+            step = sample.load(stopped / "checkpoint.pt")["step"]
+            if ask == signal.SIGKILL:
+                self.assertEqual(step % 16, 0)  # the last whole epoch
+                self.command("train.py", *arguments, "--resume")
+            else:
+                self.assertIn(f"stopped at step {step} of 240", output)
+                self.command("train.py", *shlex.split(output.split("train.py ")[1]))
+
+            for x, y in zip(self.metrics(straight), self.metrics(stopped), strict=True):
+                columns = ["step", "epoch", "lr"]
+                if int(x["step"]) != step // 10 * 10 + 10:  # the row of the steps before and after
+                    columns.append("loss")
+                self.assertEqual(*([row[name] for name in columns] for row in (x, y)))
+            self.assertSameEnd(straight, stopped)
+
+    def test_what_may_change(self):
+        self.in_process(*self.options("vae", "--steps", 16))
+        moved = self.folder / "moved"
+        self.data.rename(moved)
+        options = self.options("vae", "--resume", "--steps", 17)
+        self.assertMistake("train.py", options, "no IDX file")
+        output = self.in_process(*options, "--data", moved)
+        seconds = [float(row["seconds"]) for row in self.metrics()]
+        self.assertEqual(seconds, sorted(seconds))  # the clock goes on, too
+        # A finished run that goes on: the learning rate rises again, and the first line says so.
+        self.assertRegex(output, r"on from step 16 of 17, at a learning rate of 3\.\de-05")
+        torch.save(torch.full((257, 1, 28, 28), 9, dtype=torch.uint8), self.folder / "other.pt")
+        self.assertMistake("train.py", [*options, "--data", self.folder / "other.pt"],
+                           "248 images .* began with 256")
+
+    # 4. No checkpoint holds a nan, and no file runs code (TestCheckpoint).
+
+    def test_a_loss_that_is_no_number_stops_the_run(self):
+        loss, bad = VAE.loss, iter([1] * 19 + [math.nan] + [1] * 5 + [math.inf])
+        options = self.options("vae", "--steps", 40)
+        with mock.patch.object(VAE, "loss", lambda vae, x: next(bad, 1) * loss(vae, x)):
+            self.assertMistake("train.py", options, "step 20: .* nan or inf; a new run.*--lr")
+            self.assertEqual(sample.load(self.checkpoint)["step"], 16)
+            self.assertEqual([row["step"] for row in self.metrics()], ["10"])
+            self.assertMistake("train.py", [*options, "--resume"], "step (20|30): .* nan")
+        self.assertEqual(sample.load(self.checkpoint)["step"], 16)
+
+    def test_no_checkpoint_holds_weights_that_are_no_numbers(self):
+        # √0 adds nothing to the loss, and a nan to the gradient.
+        root = [0] * 16 + [1]  # the first is the trial before the run
+        loss = VAE.loss
+        with mock.patch.object(VAE, "loss", lambda vae, x: loss(vae, x) + (
+                (0 * next(vae.parameters()).sum()).sqrt() if root.pop(0) else 0)):
+            self.assertMistake("train.py", self.options("vae", "--steps", 16),
+                               "step 16: .* a weight")
+        self.assertEqual(sample.load(self.checkpoint)["step"], 0)
+
+    # 5. Several processes train the same model.
+
+    # What torchrun starts: train.py without chance in the VAE, and with a signal to rank 1 alone.
+    RANKS_SCRIPT = """
+import itertools, signal, sys, torch, train, vae
+
+loss, last, calls = vae.VAE.loss, int(sys.argv.pop()), itertools.count(1)
+
+def forward(model, x):
+    print(f" seed {torch.initial_seed()} ", end="", flush=True)  # one write: ranks share the pipe
+    if next(calls) == last and train.RANK == 1:
+        signal.raise_signal(signal.SIGTERM)
+    return loss(model, x)
+
+vae.VAE.reparameterize = lambda model, mu, log_var: mu
+vae.VAE.forward = forward
+train.main()
+"""
+
+    def test_two_ranks_are_one_process(self):
+        script, env = self.folder / "ranks.py", {**os.environ, "PYTHONPATH": str(HERE)}
+        script.write_text(self.RANKS_SCRIPT)
+        together = {"launcher": ["-m", "torch.distributed.run", "--nproc_per_node=2"], "env": env}
+        both, one = self.run_folder, self.folder / "one"
+        options = ["--batch-size", 32, "--steps", 20]
+        output = self.command(script, *self.options("vae", *options), 0, **together)
+        seeds = re.findall(r"seed (\S+)", output)
+        self.assertEqual(len(set(seeds)), 1 + 2 * 20)  # that of the trial, and a step's on a rank
+        self.command(script, *self.options("vae", *options, out=one), 0, env=env)
+        for x, y in zip(self.metrics(both), self.metrics(one), strict=True):
+            self.assertEqual((x["step"], x["epoch"], x["lr"]), (y["step"], y["epoch"], y["lr"]))
+            self.assertClose(float(x["loss"]), float(y["loss"]), rtol=1e-4)
+        a, b = (sample.load(folder / "checkpoint.pt")["model"] for folder in (both, one))
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # half a step; Adam magnifies rounding
+        # More steps, by one process again, and then by two of which one gets a signal.
+        options = ["--batch-size", 32, "--resume", "--steps"]
+        self.command("train.py", *self.options("vae", *options, 23))
+        output = self.command(script, *self.options("vae", *options, 90), 5, status=1, **together)
+        self.assertIn("stopped at step 27 of 90", output)
+        self.assertIn("torchrun --nproc_per_node=2 train.py", output)
+        self.assertEqual(sample.load(both / "checkpoint.pt")["step"], 27)
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")

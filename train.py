@@ -4,10 +4,12 @@
     python train.py --model ddpm      section 2
     torchrun --nproc_per_node=4 train.py --model ddpm      on four devices
 
-Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on the way. One loop
-serves both models: batch → loss → backward → clip → optimiser → EMA. The paper gives the loss
-(§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM using ε̂_θ"; version 3,
-January 2025). The rest is common practice.
+Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on the way. In
+order: the recipes; `gradient_steps`, which is the training; `train`, which looks after it; what
+these call; the files of a run; the data; the command line.
+
+The paper gives the loss (§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM
+using ε̂_θ"; version 3, January 2025). The rest is common practice.
 """
 import argparse
 import contextlib
@@ -23,7 +25,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without it
@@ -38,52 +40,87 @@ from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph
                     to_uint8, write_png)
 
 
-MODELS = ["ddpm", "vae"]
-COUNT, ABSENT = number(int, 1), "not an option of this model"
-# Name, default for ddpm, default for vae, values, what it is. A pair of defaults is for the CPU or
-# mps, and for CUDA: what two cores do in a quarter of an hour, and a large GPU in two minutes.
-OPTIONS = [
-    ("data", None, None, str, "folder of IDX files (gzipped or not) named like MNIST's, or a "
-     ".pt file of a uint8 tensor (N, C, H, W); default: the MNIST beside this file"),
-    ("steps", (5600, 4000), 4680, COUNT, "optimiser steps"),
-    ("epochs", None, None, COUNT, "passes over the data, instead of --steps"),
-    ("device", "auto", "auto", str, "cpu, cuda, cuda:N, mps or auto: CUDA where there is one"),
-    ("precision", "auto", "auto", ["auto", "fp32", "bf16"], "auto is bf16 autocast on hardware "
-     "that has bf16"),
-    ("batch_size", (40, 256), 128, COUNT, "images in a step, of all devices together"),
-    ("lr", (3e-3, 1e-3), 4e-3, number(float, 1e-9, 1), "peak learning rate"),
-    ("seed", 0, 0, number(int, 0, 2**63 - 1), "of every random number"),
-    ("channels", (16, 64), 16, COUNT, "width of the network's first layer"),
-    ("timesteps", 1000, ABSENT, number(int, 2, 10**6), "length T of the chain"),
-    ("schedule", "cauchy", ABSENT, list(SCHEDULES), "of alpha_t"),
-    ("predict", "noise", ABSENT, ["noise", "image"], "the network's output: the noise (section "
-     "2.5) or the image (2.4)"),
-    ("multipliers", [1, 2, 4], ABSENT, COUNT, "width of each level, in multiples of --channels"),
-    ("blocks", 1, ABSENT, COUNT, "residual blocks a level"),
-    ("attention", [], ABSENT, number(int, 0), "levels with attention (0 is full resolution), "
-     "besides the middle"),
-    ("dropout", 0.0, ABSENT, number(float, 0, 0.999), "in the residual blocks"),
-    ("fourier", [3, 5], ABSENT, number(int, 0, 8), "the network also sees sin and cos of 2^n pi x "
-     "for each n; none without a number"),
-    ("latent_dim", ABSENT, 8, COUNT, "length of z"),
-    ("decoder_std", ABSENT, 0.6, number(float, 1e-6, 1e6, "learned"), "sigma of p(x|z), for pixels "
-     "in [-1, 1], or the word learned"),
+# ------------------------------------------------------------------------------ the recipes
+
+# The options of a run, where the command line says nothing else.
+COMMON = {"data": None, "epochs": None, "device": "auto", "precision": "auto", "seed": 0}
+RECIPES = {
+    # Two CPU cores take a quarter of an hour.
+    "ddpm": {"steps": 5600, "batch_size": 40, "lr": 3e-3,
+             "timesteps": 1000, "schedule": "cauchy", "predict": "noise",  # the chain
+             "channels": 16, "multipliers": [1, 2, 4], "blocks": 1,        # its network
+             "attention": [], "dropout": 0.0, "fourier": [3, 5]},
+    # A large GPU takes two minutes. All else is as above.
+    "ddpm on CUDA": {"steps": 4000, "batch_size": 256, "lr": 1e-3, "channels": 64},
+    # Two CPU cores take two minutes.
+    "vae": {"steps": 4680, "batch_size": 128, "lr": 4e-3,
+            "latent_dim": 8, "decoder_std": 0.6, "channels": 16},
+}
+COUNT = number(int, 1)
+OPTIONS = [  # name, values, meaning
+    ("data", str, "folder of IDX files like data/mnist, the default; or .pt of uint8 (N, C, H, W)"),
+    ("steps", COUNT, "gradient steps"),
+    ("epochs", COUNT, "passes over the data, instead of --steps"),
+    ("device", str, "cpu, cuda, cuda:N, mps or auto: CUDA where there is one"),
+    ("precision", ["auto", "fp32", "bf16"], "auto: bfloat16 autocast on hardware that has it"),
+    ("seed", number(int, 0, 2**63 - 1), "of every random number"),
+    ("batch_size", COUNT, "images in a step, of all devices together"),
+    ("lr", number(float, 1e-9, 1), "peak learning rate"),
+    ("timesteps", number(int, 2, 10**6), "length T of the chain"),
+    ("schedule", list(SCHEDULES), "of alpha_t"),
+    ("predict", ["noise", "image"], "the network's output: section 2.5's or 2.4's"),
+    ("channels", COUNT, "width of the network's first layer"),
+    ("multipliers", COUNT, "width of each level, in multiples of --channels"),
+    ("blocks", COUNT, "residual blocks a level"),
+    ("attention", number(int, 0), "levels with attention (0: full resolution) beside the middle"),
+    ("dropout", number(float, 0, 0.999), "in the residual blocks"),
+    ("fourier", number(int, 0, 8), "for each n the network also sees sin and cos of 2^n pi x"),
+    ("latent_dim", COUNT, "length of z"),
+    ("decoder_std", number(float, 1e-6, 1e6, "learned"), "sigma of p(x|z), or the word learned"),
 ]
 CHANGEABLE = ["data", "epochs", "steps", "device", "precision"]  # with --resume; nothing else
 # The test ELBO at the end: the number of images, and the options of the model's `bits_per_dim`.
 EVALUATION = {"ddpm": (256, {"k": 20}), "vae": (10_000, {})}
+WARM_UP = 0.05  # share of the run
+CLIP = 1.0  # norm of the gradient
+EMA_DECAY = 0.9999
 ROW_EVERY = 10  # steps
 MAX_PICTURES = 20  # times in a run that samples are drawn
 SAVE_EVERY = 300  # seconds
-WARM_UP = 0.05  # share of the run
-EMA_DECAY = 0.9999
-CLIP = 1.0  # norm of the gradient
 # torchrun starts one process (rank) per device and sets these variables. The ranks share every
 # batch; their weights begin equal and stay so, since all take the same gradient. Rank 0 writes.
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
 # ------------------------------------------------------------------------------ training
+
+
+def gradient_steps(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer,
+                   data: Iterable[tuple[int, Tensor]],
+                   config: dict) -> Iterator[tuple[int, Tensor, float]]:
+    """Takes a step on every batch of data, (number of the step, x_0 in [-1, 1]), and yields
+    (number, loss, learning rate). Then model, optimizer and ema (the moving average) have taken it.
+    """
+    weights = list(model.parameters())
+    cast = autocast(weights[0].device, config["precision"])
+
+    @cuda_graph  # on CUDA, one launch
+    def backward(x_0: Tensor) -> Tensor:
+        model.zero_grad()
+        with cast:  # entered here, it casts the weights anew at every step
+            loss = model(x_0)  # DDPM.loss or VAE.loss
+        loss.backward()
+        return loss.detach()
+
+    for step, x_0 in data:
+        loss = backward(x_0)
+        average_over_ranks([w.grad for w in weights])
+        nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.param_groups[0]["lr"] = lr = config["lr"] * lr_share(step - 1, config["steps"])
+        optimizer.step()
+        average = get_ema_multi_avg_fn(ema_decay(step))  # ema ← d · ema + (1 − d) · weights
+        average(list(ema.parameters()), weights, 0)  # the 0 has no effect
+        yield step, loss, lr
 
 
 def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, test: Tensor,
@@ -98,56 +135,25 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     # β₂ = 0.99: the usual 0.999 averages over 1,000 steps, too slow for runs of a few thousand.
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
     ema, step, seconds = copy.deepcopy(model).eval(), 0, 0.0
+    total, batch_size = config["steps"], config["batch_size"]
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
-    batch_size, total = config["batch_size"], config["steps"]
-    steps_per_epoch = config["images"] // batch_size
+        # The rate is of interest where a finished run goes on: it rises again.
+        say(f"on from step {step:,} of {total:,}, at a learning rate of "
+            f"{config['lr'] * lr_share(step, total):.1e}")
     # Pictures are drawn every so many steps: after an epoch, or after several.
+    steps_per_epoch = config["images"] // batch_size
     interval = steps_per_epoch * math.ceil(total / steps_per_epoch / MAX_PICTURES)
-    start, losses, cast = time.perf_counter() - seconds, [], autocast(device, config["precision"])
-    if RANK == 0 and state:  # the rate is of interest where a finished run goes on: it rises again
-        print(f"on from step {step:,} of {total:,}, at a learning rate of "
-              f"{config['lr'] * lr_share(step, total):.1e}", flush=True)
+    start, losses, signum = time.perf_counter() - seconds, [], 0
     bar = tqdm(total=total * batch_size, initial=step * batch_size, unit=" images",
                unit_scale=True, disable=RANK > 0)
-    # Every p.grad is part of one vector: a CUDA graph writes it, and ranks exchange it in one call.
-    weights = list(model.parameters())
-    sizes = [p.numel() for p in weights]
-    gradient = torch.zeros(sum(sizes), device=device)
-    for p, part in zip(weights, gradient.split(sizes)):
-        p.grad = part.view_as(p)
-
-    @cuda_graph
-    def backward(x: Tensor) -> Tensor:
-        """`loss = model(x); loss.backward()`, as a function that a CUDA graph can record: the
-        gradient goes into `gradient`."""
-        with cast:  # entered here, it casts the weights anew at every step
-            loss = model(x)  # DDPM.loss or VAE.loss
-        parts = torch.autograd.grad(loss, weights)
-        torch.cat([part.flatten() for part in parts], out=gradient)
-        return loss.detach()
-
-    def row():
-        """In metrics.csv: the mean loss since the last row, beside this step's learning rate."""
-        mean = torch.stack(losses).mean() / RANKS
-        if RANKS > 1:
-            distributed.all_reduce(mean)
-        losses.clear()
-        check_finite(step, mean)
-        bar.set_postfix({"loss": f"{mean.item():.4f}"}, refresh=False)
-        if RANK == 0:
-            seconds = time.perf_counter() - start
-            with warned(), open(out / "metrics.csv", "a") as file:
-                print(step, f"{step / steps_per_epoch:.4f}", mean.item(), lr,
-                      f"{step * batch_size / seconds:.1f}", f"{seconds:.3f}", sep=",", file=file)
 
     def checkpoint() -> float:
-        """What --resume and sample.py need; returns the time. Never saves a nan: even where the
-        loss is finite, its gradient may not be."""
-        check_finite(step, *weights)
+        """What --resume and sample.py need; returns the time."""
+        check_finite(step, *model.parameters())  # the gradient of a finite loss may not be finite
         now = time.perf_counter()
         if RANK == 0:
             save(out / "checkpoint.pt", {
@@ -157,41 +163,33 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         return now
 
     with bar, caught_signals() as signals:
-        if RANK == 0:
-            if not state:  # of two runs that start at once, the file system refuses one here
-                (out / "metrics.csv").touch(exist_ok=False)
-            with warned():
-                trim(out / "metrics.csv", step)
+        begin_metrics(out / "metrics.csv", step, new=not state)
         saved = checkpoint()  # so that --resume always finds one
-        signum = 0
-        while step < total and not signum:
-            epoch, i = divmod(step, steps_per_epoch)
-            torch.manual_seed(hash((config["seed"], epoch, i * RANKS + RANK)))  # as in next_batch
-            loss = backward(next_batch(images, config, epoch, i, device))
-            if RANKS > 1:
-                distributed.all_reduce(gradient.div_(RANKS))
-            nn.utils.clip_grad_norm_(weights, CLIP)
-            optimizer.param_groups[0]["lr"] = lr = config["lr"] * lr_share(step, total)
-            optimizer.step()
-            step += 1
-            average = get_ema_multi_avg_fn(ema_decay(step))  # ema ← d · ema + (1 − d) · weights
-            average(list(ema.parameters()), weights, 0)  # the 0 has no effect
-
+        data = batches(images, config, step, device)
+        for step, loss, lr in gradient_steps(model, ema, optimizer, data, config):
             losses.append(loss)
             bar.update(batch_size)
+            if step % ROW_EVERY == 0 or step == total:  # the mean loss since the last row
+                mean = torch.stack(losses).mean()
+                losses.clear()
+                average_over_ranks([mean])
+                check_finite(step, mean)
+                bar.set_postfix({"loss": f"{mean.item():.4f}"}, refresh=False)
+                seconds = time.perf_counter() - start
+                write(out / "metrics.csv", step, f"{step / steps_per_epoch:.4f}", mean.item(), lr,
+                      f"{step * batch_size / seconds:.1f}", f"{seconds:.3f}")
             picture_due = step % interval == 0 or step == total
-            if step % ROW_EVERY == 0 or step == total:
-                row()
-            if picture_due and RANK == 0:
-                with warned(), cast:
-                    write_pictures(out, step, ema, to_float(test[:32], device), config)
+            if picture_due:
+                write_pictures(out, step, ema, to_float(test[:32], device), config)
             signum = signal_of_any_rank(signals)
             if picture_due or signum or time.perf_counter() - saved > SAVE_EVERY:
                 saved = checkpoint()
+            if signum:
+                break
     return ema, step, signum
 
 
-# ------------------------------------------------------------------------------ for the loop
+# ------------------------------------------------------------------------------ what these call
 
 
 def lr_share(step: int, total: int) -> float:
@@ -206,32 +204,41 @@ def ema_decay(step: int) -> float:
     return min(EMA_DECAY, step / (step + 10))
 
 
-def next_batch(images: Tensor, config: dict, epoch: int, i: int, device: torch.device) -> Tensor:
-    """This rank's share of the epoch's i-th batch, in [-1, 1], on the device.
+def batches(images: Tensor, config: dict, step: int,
+            device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """(number of the step, this rank's share of its batch, in [-1, 1] and on the device), for all
+    steps after the first `step`.
 
-    The order, like the seed of a step, depends only on --seed and on the place in the run (a hash
-    of integers is the same in every process), so a resumed run draws what the uninterrupted one
-    would have drawn.
+    The order, and the seed of all that is random in a step, depend only on --seed and on the place
+    in the run (a hash of integers is the same in every process), so a resumed run draws what the
+    uninterrupted one would have drawn.
     """
-    batch_size = config["batch_size"]
-    order = shuffled(len(images), hash((config["seed"], epoch)), images.device)
-    share = order[i * batch_size:(i + 1) * batch_size].chunk(RANKS)[RANK]
-    return to_float(images[share], device)
+    seed, B = config["seed"], config["batch_size"]
+    per_epoch = config["images"] // B
+    for epoch in range(step // per_epoch, math.ceil(config["steps"] / per_epoch)):
+        generator = torch.Generator().manual_seed(hash((seed, epoch)))
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for i in range(step % per_epoch, min(per_epoch, config["steps"] - epoch * per_epoch)):
+            share = order[i * B:(i + 1) * B].chunk(RANKS)[RANK]
+            torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))
+            step += 1
+            yield step, to_float(images[share], device)
 
 
-@functools.lru_cache(maxsize=1)  # one epoch's
-def shuffled(n: int, seed: int, device: torch.device) -> Tensor:
-    """0, …, n − 1 in a random order."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
+def average_over_ranks(tensors: list[Tensor]):
+    """In place, and in one exchange; for one process there is nothing to do."""
+    if RANKS > 1:
+        flat = torch.cat([x.flatten() for x in tensors]).div_(RANKS)
+        distributed.all_reduce(flat)
+        for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
+            x.copy_(part.view_as(x))
 
 
-@contextlib.contextmanager
-def warned() -> Iterator[None]:
-    """A file of a run that can't be written costs one line, not the run."""
-    try:
-        yield
-    except OSError as error:
-        tqdm.write(f"train.py: warning: {error}", file=sys.stderr)
+def check_finite(step: int, *values: Tensor):
+    """FloatingPointError for a nan or inf. Here the host waits for the device."""
+    if not torch.stack([value.isfinite().all() for value in values]).all():
+        raise FloatingPointError(f"step {step:,}: the loss or a weight is nan or inf; a new run "
+                                 "with a lower --lr may help")
 
 
 @contextlib.contextmanager
@@ -269,36 +276,78 @@ def signal_of_any_rank(signals: list[int]) -> int:
     return SIGNAL.item()
 
 
-def check_finite(step: int, *values: Tensor):
-    """FloatingPointError for a nan or inf. Here the host waits for the device."""
-    if not torch.stack([value.isfinite().all() for value in values]).all():
-        raise FloatingPointError(f"step {step:,}: the loss or a weight is nan or inf; a new run "
-                                 "with a lower --lr may help")
+# ------------------------------------------------------------------------------ the run's files
 
 
-def trim(path: Path, step: int):
+def on_rank_0(f: Callable) -> Callable:
+    """Of all ranks, the first alone prints and writes."""
+    return f if RANK == 0 else lambda *arguments, **options: None
+
+
+say = on_rank_0(functools.partial(print, flush=True))
+
+
+@contextlib.contextmanager
+def warned() -> Iterator[None]:
+    """A file that can't be written costs one line, not the run."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"train.py: warning: {error}", file=sys.stderr)
+
+
+@on_rank_0
+@warned()
+def write(path: Path, *values, mode: str = "a"):
+    with open(path, mode) as file:
+        print(*values, sep=",", file=file)
+
+
+@on_rank_0
+def begin_metrics(path: Path, step: int, new: bool):
     """Leave metrics.csv with its head and the rows up to this step. Rows after the last checkpoint
     are cut off: those steps will be taken again."""
-    rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    path.write_text("step,epoch,loss,lr,images_per_second,seconds\n" + "".join(
-        row for row in rows if re.match(r"\d+,.*\n", row) and int(row.partition(",")[0]) <= step))
+    if new:  # of two runs that start at once, the file system refuses one here
+        path.touch(exist_ok=False)
+    with warned():
+        text = path.read_text(errors="replace") if path.exists() else ""
+        rows = [row for row in text.splitlines()
+                if re.match(r"\d+,", row) and int(row.partition(",")[0]) <= step]
+        head = "step,epoch,loss,lr,images_per_second,seconds"
+        write(path, "\n".join([head, *rows]), mode="w")
 
 
+@on_rank_0
+@warned()
 @torch.no_grad()
 def write_pictures(out: Path, step: int, model: nn.Module, x: Tensor, config: dict):
     """64 samples from fixed noise, a batch at a time (DDPM: 50 steps of DDIM); for a VAE also x,
     each beside its reconstruction."""
     torch.manual_seed(config["seed"])
     noise = draw_noise(config, 64).to(x.device).split(config["batch_size"] // RANKS)
-    if config["model"] == "ddpm":
-        model, steps = recorded(model), min(50, model.T)
-        pictures = {"samples": torch.cat([model.sample(x_T, steps) for x_T in noise])}
-    else:
-        pairs = torch.stack([x, model.decode(model.encode(x)[0])], dim=1)
-        pictures = {"samples": torch.cat([model.sample(z) for z in noise]),
-                    "reconstructions": pairs.flatten(0, 1)}
+    with autocast(x.device, config["precision"]):
+        if config["model"] == "ddpm":
+            model, steps = recorded(model), min(50, model.T)
+            pictures = {"samples": torch.cat([model.sample(x_T, steps) for x_T in noise])}
+        else:
+            pairs = torch.stack([x, model.decode(model.encode(x)[0])], dim=1)
+            pictures = {"samples": torch.cat([model.sample(z) for z in noise]),
+                        "reconstructions": pairs.flatten(0, 1)}
     for name, images in pictures.items():
-        write_png(out / f"{name}_{step:06d}.png", [grid(to_uint8(images), columns=8)])
+        write_png(out / f"{name}_{step:06d}.png", grid(to_uint8(images), columns=8))
+
+
+@on_rank_0
+@torch.no_grad()
+def evaluate(model: nn.Module, test: Tensor, config: dict, device: torch.device) -> str:
+    """The test ELBO, in float32, as the last line of the run has it."""
+    n, options = EVALUATION[config["model"]]
+    torch.manual_seed(config["seed"])
+    model, batches = recorded(model), test[:n].split(config["batch_size"] // RANKS)
+    bits = torch.cat([model.bits_per_dim(to_float(x, device), **options) for x in batches]).mean()
+    nats = bits.item() * math.log(2) * math.prod(config["image_shape"])
+    return (f"test ELBO {-nats:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
+            + "".join(f", {k} random t each" for k in options.values()) + ")")
 
 
 # ------------------------------------------------------------------------------ data
@@ -350,7 +399,7 @@ def read_idx(folder: Path, split: str) -> Tensor:
         raise ValueError(f"{path}: no IDX file of gray images, or damaged ({error})") from error
 
 
-# ------------------------------------------------------------------------------ options
+# ------------------------------------------------------------------------------ command line
 
 
 def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
@@ -358,33 +407,27 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     parser = Parser(prog="train.py", description="Train a model of the tutorial on images.",
                     argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--model", help="what to train", choices=MODELS, required=True)
+    add("--model", help="what to train", choices=["ddpm", "vae"], required=True)
     add("--out", help="folder for the results; default: runs/<model>", type=Path)
     add("--resume", help="go on with the run in --out", action="store_true")
     length = parser.add_mutually_exclusive_group()
-    for name, *defaults, values, text in OPTIONS:
-        shown = {}
-        for model, value in zip(MODELS, defaults):
-            if isinstance(value, tuple):
-                value = "{} (on CUDA {})".format(*value)
-            elif isinstance(value, list):
-                value = " ".join(map(str, value)) or "none"
-            if value not in (None, ABSENT):
-                shown.setdefault(value, []).append(model)
-        text += "".join(f"; {value} for {' and '.join(shown[value])}" for value in shown)
+    for name, values, text in OPTIONS:
+        found = {f" for {where}": recipe[name] for where, recipe in RECIPES.items()
+                 if name in recipe} or {"": COMMON[name]}
+        for where, value in found.items():
+            value = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
+            text += "" if value is None else f"; {value}{where}"
         group = length if name in ("epochs", "steps") else parser
         group.add_argument(f"--{name.replace('_', '-')}", help=text,
-                           nargs="*" if isinstance(defaults[0], list) else None,
+                           nargs="*" if name in ("multipliers", "attention", "fourier") else None,
                            **{"choices" if isinstance(values, list) else "type": values})
     return parser, vars(parser.parse_args(argv))
 
 
 def defaults(model: str, device_type: str) -> dict:
     """The options of a new run of this model on a device of this type."""
-    values = {name: row[MODELS.index(model)] for name, *row in OPTIONS}
-    return {"model": model, **{
-        name: value[device_type == "cuda"] if isinstance(value, tuple) else value
-        for name, value in values.items() if value is not ABSENT}}
+    on_cuda = RECIPES.get(f"{model} on CUDA", {}) if device_type == "cuda" else {}
+    return {"model": model, **COMMON, **RECIPES[model], **on_cuda}
 
 
 def configure(options: dict, saved: dict | None, device_type: str) -> dict:
@@ -403,47 +446,48 @@ def configure(options: dict, saved: dict | None, device_type: str) -> dict:
     return {**(saved or new), **options}
 
 
-# ------------------------------------------------------------------------------ command line
-
-
 def prepare(options: dict) -> tuple:
     """Checks everything before any file changes; returns `train`'s arguments. Raises ValueError or
     OSError."""
-    out, resume = options.pop("out", Path("runs", options["model"])), options.pop("resume", False)
+    # A new run, or one that goes on: its device and its options.
+    out = options.pop("out", Path("runs", options["model"]))
     checkpoint, state = out / "checkpoint.pt", None
-    if checkpoint.exists() and not resume:
+    if options.pop("resume", False):
+        state, _ = read_checkpoint(checkpoint)
+    elif checkpoint.exists():
         raise ValueError(f"{checkpoint} exists: --resume goes on with that run, and --out with "
                          "another folder starts a new one")
-    if resume:
-        state, _ = read_checkpoint(checkpoint)
     saved = state and state["config"]
-    device = pick_device({"device": "auto", **(saved or {}), **options}["device"])
+    device = pick_device({**COMMON, **(saved or {}), **options}["device"])
     config = configure(options, saved, device.type)
     if RANKS > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
+
+    # Its images, the same as before; and its length.
     mnist = Path(__file__).with_name("data") / "mnist"
     data = mnist if config["data"] is None else Path(config["data"])
     images, test = load_images(data)
-    batch_size = config["batch_size"]
-    if batch_size > len(images) or batch_size % RANKS:
-        raise ValueError(f"--batch-size {batch_size}: must be at most {len(images)}, the training "
-                         f"images in {data}, and divisible by {RANKS}, the number of processes")
-    shape = {"images": len(images), "image_shape": list(images.shape[1:])}
-    if state and config != {**config, **shape}:
-        raise ValueError(f"--data {data}: {len(images)} images {shape['image_shape']}, "
-                         f"but this run began with {config['images']} of {config['image_shape']}")
-    config.update(shape)
-    config["steps"] = config["steps"] or config["epochs"] * (len(images) // batch_size)
-    if state and state["step"] > config["steps"]:
-        raise ValueError(f"{config['steps']} steps: this run has taken {state['step']}; "
-                         "--resume without --steps or --epochs goes on to the end that was set")
+    n, shape, batch_size = len(images), list(images.shape[1:]), config["batch_size"]
+    if state and [n, shape] != [config["images"], config["image_shape"]]:
+        raise ValueError(f"--data {data}: {n} images {shape}, but this run began with "
+                         f"{config['images']} of {config['image_shape']}")
+    if batch_size > n or batch_size % RANKS:
+        raise ValueError(f"--batch-size {batch_size}: must be at most {n}, the training images in "
+                         f"{data}, and divisible by {RANKS}, the number of processes")
+    steps = config["steps"] or config["epochs"] * (n // batch_size)
+    if state and state["step"] > steps:
+        raise ValueError(f"{steps} steps: this run has taken {state['step']}; --resume without "
+                         "--steps or --epochs goes on to the end that was set")
+    config.update(images=n, image_shape=shape, steps=steps)
+    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
+        images = images.to(device)  # a batch then never crosses the bus
+
+    # Its model, and a trial, which raises if these images do not fit.
     torch.manual_seed(config["seed"])
     model = build_model(config).to(device)
     with torch.no_grad():
-        model(to_float(images[:1], device))  # a trial: raises if these images do not fit
-    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
-        images = images.to(device)  # a batch then never crosses the bus
+        model(to_float(images[:1], device))
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
     return config, state, model, images, test, device, out
@@ -458,14 +502,13 @@ def main(argv: list[str] | None = None):
             distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error))
-    if RANK == 0:
-        size = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
-              f"{'x'.join(map(str, config['image_shape']))}, on {device}"
-              + (f" and {RANKS - 1} more" if RANKS > 1 else ""), flush=True)
-        if images.max() < 128:
-            print(f"train.py: warning: the brightest pixel is {images.max()} of 255: scale data of "
-                  "another range to 0..255, or little is learned", file=sys.stderr)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    say(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
+        f"{'x'.join(map(str, config['image_shape']))}, on {device}"
+        + (f" and {RANKS - 1} more" if RANKS > 1 else ""))
+    if images.max() < 128:
+        say(f"train.py: warning: the brightest pixel is {images.max()} of 255: scale data of "
+            "another range to 0..255, or little is learned", file=sys.stderr)
     try:
         ema, step, signum = train(*arguments)
     except FloatingPointError as error:
@@ -477,28 +520,15 @@ def main(argv: list[str] | None = None):
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()
-    folder = out.as_posix()
-    if " " in folder:
-        folder = f'"{folder}"'  # quoted for the shell
-    if RANK == 0 and signum:
-        launcher = f"torchrun --nproc_per_node={RANKS}" if RANKS > 1 else "python"
-        print(f"stopped at step {step:,} of {config['steps']:,}; to go on: {launcher} train.py "
-              f"--model {config['model']} --out {folder} --resume")
-    elif RANK == 0:
-        n, evaluation = EVALUATION[config["model"]]
-        torch.manual_seed(config["seed"])
-        ema, batches = recorded(ema), test[:n].split(config["batch_size"] // RANKS)
-        with torch.no_grad():  # in float32
-            bits = torch.cat([ema.bits_per_dim(to_float(x, device), **evaluation)
-                              for x in batches]).mean().item()
-        nats = bits * math.log(2) * math.prod(config["image_shape"])
-        result = (f"test ELBO {-nats:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
-                  + "".join(f", {k} random t each" for k in evaluation.values()) + ")")
-        with warned():
-            (out / "result.txt").write_text(f"{result}\n")
-        print(f"{result}; to sample: python sample.py --checkpoint {folder}/checkpoint.pt")
+    folder = f'"{out.as_posix()}"' if " " in out.as_posix() else out.as_posix()  # for the shell
     if signum:
+        launcher = f"torchrun --nproc_per_node={RANKS}" if RANKS > 1 else "python"
+        say(f"stopped at step {step:,} of {config['steps']:,}; to go on: {launcher} train.py "
+            f"--model {config['model']} --out {folder} --resume")
         sys.exit(128 + signum)
+    result = evaluate(ema, test, config, device)
+    write(out / "result.txt", result, mode="w")
+    say(f"{result}; to sample: python sample.py --checkpoint {folder}/checkpoint.pt")
 
 
 if __name__ == "__main__":
