@@ -37,7 +37,7 @@ class DDPM(nn.Module):
     Args:
         denoiser: called as denoiser(x_t, t) with integers t, (B,), in 1..T (an nn.Embedding of t
             needs T + 1 rows); returns x_t's shape.
-        alphas: α_1, …, α_T, T ≥ 2, each between 0 and 1; their product is below 0.1.
+        alphas: α_1, …, α_T, T ≥ 2, between 0 and 1, whose product ᾱ_T is between 1e-50 and 0.1.
         predict: what the network outputs, the "noise" ε̂_θ(x_t) (§2.5) or "image" x̂_θ(x_t) (§2.4).
         clip: whether x̂_θ is clipped to [-1, 1], the range of images, as in the code of arXiv
             2006.11239. At large t the error of ε̂_θ is divided by a small √ᾱ_t, and one value out
@@ -45,11 +45,11 @@ class DDPM(nn.Module):
             ±1, whose samples would otherwise be wrong, silently.
 
     Images are float tensors (B, C, H, W) in [-1, 1]. A time t is an int, or (B,) integers, in 1..T.
-    A Gaussian is the pair (mean, variance), where the variance is one number or (B, 1, …, 1). Bad
-    arguments raise ValueError. `state_dict()` holds the network alone.
+    A Gaussian is the pair (mean, variance), where the variance is one number or (B, 1, …, 1).
+    `ddpm(x_0)` is the loss: call it so under a wrapper (torch.compile, DistributedDataParallel).
+    `state_dict()` holds the network alone. ValueError for impossible alphas, t, steps, η and k, for
+    an x that is no tensor of floats, and for a network's output of another shape.
     """
-
-    roots: Tensor  # a buffer, for type checkers
 
     def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor],
                  alphas: Tensor | Sequence[float], predict: str = "noise", clip: bool = True):
@@ -69,17 +69,18 @@ class DDPM(nn.Module):
         self.alpha_bar_prev = F.pad(self.alpha_bar[:-1], (1, 0), value=1.0)  # ᾱ_{t−1}
         variance_q = (1 - self.alpha) * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
         self.variance_q = variance_q.nan_to_num()  # σ_q²(t), (2.32); at t = 0 it is 0 / 0
-        # √ᾱ_t and √(1 − ᾱ_t) once more, for `loss`, on the device (mps has no float64).
+        # √ᾱ_t and √(1 − ᾱ_t) once more, on the device, for `roots_at` (mps has no float64).
         self.register_buffer("roots", torch.stack(
             [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()]).float(), persistent=False)
-        if not 1e-50 < self.alpha_bar[-1] < 0.1:
-            raise ValueError(f"alphas multiply to {self.alpha_bar[-1]:.2g}: above 0.1, x_T is not "
-                             "yet white noise; below 1e-50, x_t is white noise long before T; are "
-                             "they α_t, not 1 − α_t or ᾱ_t?")
+        if not 1e-50 < self.alpha_bar[-1] < 0.1 or alphas[0] < 0.4:
+            raise ValueError(f"the product of alphas is {self.alpha_bar[-1]:.2g}, and must be "
+                             "between 1e-50 and 0.1 (else x_T is not white noise, or x_t is long "
+                             f"before T); α_1 is {alphas[0]:.2g}, and must be at least 0.4. Are "
+                             "these α_t, or rather 1 − α_t or ᾱ_t?")
 
     def at(self, t: int | Tensor, x: Tensor, *tables: Tensor) -> list[Tensor]:
         """The tables at t, in x's precision and on its device: () for an int, else (B, 1, …, 1)."""
-        refuse_bytes(x)
+        check_floats(x)
         t = torch.as_tensor(t, device="cpu")
         wrong = t[(t < 1) | (t > self.T)].tolist()
         if t.is_floating_point() or t.shape not in ((), x.shape[:1]) or wrong:
@@ -90,15 +91,6 @@ class DDPM(nn.Module):
             return [x.new_full((), table[t].item()) for table in tables]
         t = t.view(-1, *[1] * (x.ndim - 1))
         return [table[t].to(x.device, x.dtype, non_blocking=x.is_cuda) for table in tables]
-
-    def output(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The network's output at t, in x_t's precision even under autocast."""
-        if not isinstance(t, Tensor) or t.ndim == 0:
-            t = x_t.new_full(x_t.shape[:1], int(t), dtype=torch.long)
-        output = self.denoiser(x_t, t.to(x_t.device, torch.long, non_blocking=x_t.is_cuda))
-        if output.shape != x_t.shape:
-            raise ValueError(f"the denoiser made {tuple(output.shape)} of {tuple(x_t.shape)}")
-        return output.to(x_t.dtype)
 
     # -------------------------------------------------- §2.1 Building Blocks: q(x_t | …)
 
@@ -118,8 +110,15 @@ class DDPM(nn.Module):
 
     def q_sample(self, x_0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε with ε = noise ~ N(0, I)    (2.11)"""
-        scale, std = self.at(t, x_0, self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
+        scale, std = self.roots_at(t, x_0)
         return scale * x_0 + std * noise
+
+    def roots_at(self, t: int | Tensor, x: Tensor) -> Sequence[Tensor]:
+        """√ᾱ_t and √(1 − ᾱ_t) as `at` reads them. But t on a device, as `loss` draws it, is looked
+        up there and not checked: the host need not wait, and a CUDA graph can record it."""
+        if isinstance(t, Tensor) and t.device.type != "cpu":
+            return self.roots.to(x)[:, t].view(2, -1, *[1] * (x.ndim - 1))
+        return self.at(t, x, self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
 
     # -------------------------------------------------- §2.2 Evidence Lower Bound
 
@@ -143,9 +142,9 @@ class DDPM(nn.Module):
         a term needs only one random state. Every expectation is estimated from one sample. With k,
         the sum over t is estimated, too, without bias, from k random t for each image.
         """
-        if x_0.dtype not in (torch.float32, torch.float64) or not x_0.abs().max() <= 1:
-            raise ValueError("x_0 must be pixels in [-1, 1], float32 or float64 even under "
-                             f"autocast, got {x_0.dtype} up to {x_0.abs().max():.4g}")
+        check_floats(x_0, torch.float32, torch.float64)  # even under autocast
+        if not x_0.abs().max() <= 1:
+            raise ValueError(f"x_0 must be pixels in [-1, 1], got {x_0.abs().max():.4g}")
         if k is not None and (k < 1 or k % 1):
             raise ValueError(f"k must be a whole number from 1, got {k}")
 
@@ -166,7 +165,7 @@ class DDPM(nn.Module):
         times, weights = torch.arange(2, self.T + 1), torch.ones(self.T + 1)
         if k is not None:
             p = F.pad((1 - self.alpha_bar[2:]) / (1 - self.alpha_bar[1:-1]) - 1, (2, 0))
-            times = torch.multinomial(p, k * len(x_0), replacement=True).view(k, len(x_0))
+            times = torch.multinomial(p, int(k) * len(x_0), replacement=True).view(-1, len(x_0))
             weights = p.sum() / (k * p)  # infinite for t = 0 and 1, which are never drawn
 
         # The transition blocks (Thm 2.6): Gaussians of the same variance, so that their KL is
@@ -190,9 +189,9 @@ class DDPM(nn.Module):
             μ_q     = (1 − ᾱ_{t−1}) √α_t / (1 − ᾱ_t) · x_t  +  (1 − α_t) √ᾱ_{t−1} / (1 − ᾱ_t) · x_0
             σ_q²(t) = (1 − α_t)(1 − ᾱ_{t−1}) / (1 − ᾱ_t)
 
-        by Bayes' rule (2.20). μ_q (2.25) lies between x_t and x_0 (Fig. 2.9), shrunk a little
-        towards 0: for t > 1 its weights sum to less than 1. At t = 1 it is x_0, and σ_q²(1) = 0.
-        (The print of (2.26) has √ᾱ_{t−1} for ᾱ_{t−1}.)
+        by Bayes' rule (2.20). μ_q (2.25) lies between x_t and x_0 (Fig. 2.9), shrunk towards 0: for
+        t > 1 its weights sum to less than 1. At t = 1 it is x_0, and σ_q²(1) = 0. (The print of
+        (2.26) has √ᾱ_{t−1} for ᾱ_{t−1}.)
         """
         c_t, c_0, variance = self.at(
             t, x_t, (1 - self.alpha_bar_prev) * self.alpha.sqrt() / (1 - self.alpha_bar),
@@ -204,19 +203,28 @@ class DDPM(nn.Module):
 
         μ_θ is μ_q with x̂_θ(x_t) in place of x_0, which is unknown here (2.41). With ε̂_θ, and if
         nothing is clipped, it is (2.50): x_t / √α_t − (1 − α_t) / (√(1 − ᾱ_t) √α_t) · ε̂_θ(x_t).
+        `reverse_chain` takes any variance that a subclass returns; `elbo` and DDIM expect σ_q²(t).
         """
         return self.q_posterior(x_t, self.predict_x0(x_t, t), t)
 
     # -------------------------------------------------- §2.4 Training and Inference
 
+    def output(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """The network's output at t, in x_t's precision even under autocast."""
+        if not isinstance(t, Tensor) or t.ndim == 0:
+            t = x_t.new_full(x_t.shape[:1], int(t), dtype=torch.long)
+        output = self.denoiser(x_t, t.to(x_t.device, torch.long, non_blocking=x_t.is_cuda))
+        if output.shape != x_t.shape:
+            raise ValueError(f"the denoiser made {tuple(output.shape)} of {tuple(x_t.shape)}")
+        return output.to(x_t.dtype)
+
     def predict_x0(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """x̂_θ(x_t), clipped if `clip`. From ε̂_θ it is (2.11) solved for x_0:
         (x_t − √(1 − ᾱ_t) ε̂_θ(x_t)) / √ᾱ_t."""
         scale, std = self.at(t, x_t, self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
-        output = self.output(x_t, t)
-        if self.predict == "noise":
-            output = (x_t - std * output) / scale
-        return output.clamp(-1, 1) if self.clip else output
+        x0_hat = (self.output(x_t, t) if self.predict == "image"
+                  else (x_t - std * self.predict_noise(x_t, t)) / scale)
+        return x0_hat.clamp(-1, 1) if self.clip else x0_hat
 
     def loss(self, x_0: Tensor) -> Tensor:
         """‖x̂_θ(x_t) − x_0‖² (§2.4) or ‖ε̂_θ(x_t) − ε‖² (§2.5): a scalar, a mean over all pixels.
@@ -226,11 +234,10 @@ class DDPM(nn.Module):
         its own, that of (2.43) for x̂_θ. The boxes drop it. For ε̂_θ this costs some likelihood and
         gives better pictures (arXiv 2006.11239, section 3.4).
         """
-        refuse_bytes(x_0)
-        t = self.draw_t(x_0)            # t ~ Uniform{1, …, T}
-        noise = torch.randn_like(x_0)   # ε ~ N(0, I)
-        scale, std = self.roots.to(x_0)[:, t].view(2, len(t), *[1] * (x_0.ndim - 1))
-        x_t = scale * x_0 + std * noise  # √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (2.11)
+        check_floats(x_0)
+        t = self.draw_t(x_0)                # t ~ Uniform{1, …, T}
+        noise = torch.randn_like(x_0)       # ε ~ N(0, I)
+        x_t = self.q_sample(x_0, t, noise)  # √ᾱ_t x_0 + √(1 − ᾱ_t) ε
         target = noise if self.predict == "noise" else x_0
         return F.mse_loss(self.output(x_t, t), target)
 
@@ -245,23 +252,24 @@ class DDPM(nn.Module):
 
         Both boxes "Inference of DDPM"; their first line, x_T ~ N(0, I), is the argument. With ε̂_θ
         the step goes through x̂_θ, so that x̂_θ can be clipped. Yields (t, x_t), t = T − 1, …, 0.
-        It goes on from the tensor that it yielded: x_t.copy_(…) steers it, a new tensor does not.
+        To steer a chain, for inpainting say, overwrite the yielded tensor in place, x_t.copy_(…):
+        the next step starts from it. (So do the other two chains.)
         """
         x_t = x_T
         for t in range(self.T, 0, -1):
-            x0_hat = self.predict_x0(x_t, t)
-            mean, variance = self.q_posterior(x_t, x0_hat, t)  # together, p_transition(x_t, t)
+            mean, variance = self.p_transition(x_t, t)
             x_t = mean + variance.sqrt() * torch.randn_like(x_t)  # μ_θ(x_t) + σ_q(t) z
             yield t - 1, x_t
 
-    def chain(self, x_T: Tensor, steps: int | None = None,
+    def chain(self, x_T: Tensor, steps: int | list[int] | None = None,
               eta: float = 1.0) -> Iterator[tuple[int, Tensor]]:
         """`ddim_chain` if `steps` is given or η is not 1, else `reverse_chain`."""
+        check_floats(x_T, torch.float32, torch.float64)
         if steps is None and eta == 1:
             return self.reverse_chain(x_T)
         return self.ddim_chain(x_T, self.T if steps is None else steps, eta)
 
-    def sample(self, x_T: Tensor, steps: int | None = None, eta: float = 1.0) -> Tensor:
+    def sample(self, x_T: Tensor, steps: int | list[int] | None = None, eta: float = 1.0) -> Tensor:
         """The last state of `chain`, x_0: new images.
 
         x_T ~ N(0, I) is (B, …), float32 or float64, on the network's device. If the network has
@@ -288,26 +296,31 @@ class DDPM(nn.Module):
     # -------------------------------------------------- §2.6 DDIM
 
     @torch.no_grad()
-    def ddim_chain(self, x_T: Tensor, steps: int,
+    def ddim_chain(self, x_T: Tensor, steps: int | list[int],
                    eta: float = 1.0) -> Iterator[tuple[int, Tensor]]:
         """x_s = √ᾱ_s x̂_θ(x_t) + √(1 − ᾱ_s − σ_t²) ε̂_θ(x_t) + σ_t z,  z ~ N(0, I)    (2.59)
 
         The predicted x_0, the direction pointing to x_t, and fresh noise; s < t is the next of
-        `steps` times. (§2.6 prints α_t for ᾱ_t.) With σ_t² under the root every marginal
-        q(x_s | x_0) stays the same for any σ_t (Thm 2.9), so one trained network serves all. With
-        √(1 − ᾱ_s), the paper's first try, the variance is σ_t² too large. The paper leaves σ_t
-        open. As in "Denoising Diffusion Implicit Models" (arXiv 2010.02502) it is
+        `steps` times from T to 1, even in t, or of a list of falling times, of which the first is
+        that of x_T. (§2.6 prints α_t for ᾱ_t.) With σ_t² under the root every marginal q(x_s | x_0)
+        stays the same for any σ_t (Thm 2.9), so one trained network serves all. With √(1 − ᾱ_s),
+        the paper's first try, the variance is σ_t² too large. The paper leaves σ_t open. As in
+        "Denoising Diffusion Implicit Models" (arXiv 2010.02502) it is
 
             σ_t² = η² (1 − ᾱ_s) (1 − ᾱ_t / ᾱ_s) / (1 − ᾱ_t),      0 ≤ η ≤ 1
 
         η = 1 is DDPM with longer steps. Where s = t − 1, σ_t² is σ_q²(t), so steps = T gives
         `reverse_chain`. With η = 0 only x_T is random. ε̂_θ is the noise between the clipped x̂_θ
-        and x_t. Yields (s, x_s) down to s = 0.
+        and x_t. Yields (s, x_s) down to s = 0. A mistake raises when the first pair is asked for.
         """
-        if steps not in range(1, self.T + 1) or not 0 <= eta <= 1:
-            raise ValueError(f"steps must be a whole number in 1..{self.T} and eta in [0, 1], got "
-                             f"{steps} and {eta}")
-        times = torch.linspace(self.T, 1, steps, dtype=torch.float64).round().int().tolist()
+        times, valid = steps, range(1, self.T + 1)
+        if steps in valid:
+            even = torch.linspace(self.T, 1, int(steps), dtype=torch.float64)
+            times = even.round().int().tolist()
+        falling = isinstance(times, list) and times == sorted({*times} & {*valid}, reverse=True)
+        if not times or not falling or not 0 <= eta <= 1:
+            raise ValueError(f"steps must be a whole number in 1..{self.T}, or a list of falling "
+                             f"ones, and eta in [0, 1], got {steps} and {eta}")
         x_t = x_T
         for t, s in zip(times, times[1:] + [0]):
             x0_hat = self.predict_x0(x_t, t)
@@ -331,8 +344,7 @@ class DDPM(nn.Module):
         """t ~ Uniform{1, …, T} for every image, (B,), on x_0's device.
 
         Within a batch the t are evenly spaced from a random start, so that they cover the chain
-        ("Variational Diffusion Models", arXiv 2107.00630). The host never sees them, so a CUDA
-        graph can record `loss`.
+        ("Variational Diffusion Models", arXiv 2107.00630).
         """
         start = torch.randint(self.T, (1,), device=x_0.device)
         steps = torch.arange(len(x_0), device=x_0.device) * self.T // len(x_0)
@@ -340,14 +352,25 @@ class DDPM(nn.Module):
 
     def bits_per_dim(self, x_0: Tensor, k: int | None = None) -> Tensor:
         """−ELBO / (D ln 2), bits for each of an image's D = C·H·W 8-bit pixels: (B,)."""
+        check_pixels(x_0)
         terms = self.elbo(x_0, k)
         elbo = terms["reconstruction"] - terms["prior_matching"] - terms["consistency"]
         return -elbo / (math.prod(x_0.shape[1:]) * math.log(2))
 
 
-def refuse_bytes(x: Tensor):
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floats, images in [-1, 1], got {x.dtype}")
+def check_floats(x: Tensor, *dtypes: torch.dtype):
+    """ValueError unless x is a tensor of floats, and of one of the dtypes if any are given."""
+    kind = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or 0 in x.shape:
+        raise ValueError(f"x must be a tensor of floats, images in [-1, 1], got {kind}")
+    if dtypes and x.dtype not in dtypes:
+        raise ValueError(f"x must be {' or '.join(map(str, dtypes))}, got {kind}")
+
+
+def check_pixels(x: Tensor):
+    check_floats(x)
+    if not ((x * 127.5 + 127.5) % 1 - 0.5).abs().min() > 0.4:
+        raise ValueError("x must be 8-bit pixels, k / 127.5 − 1 for k = 0, …, 255; some are not")
 
 
 # -------------------------------------------------- not in the paper: α_t, and a pixel's bin
@@ -369,7 +392,7 @@ def cosine_alphas(T: int) -> Tensor:
     From "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), with its s = 0.008
     and 1 − α_t ≤ 0.999. It destroys small images more evenly over t than the linear schedule,
     whose last quarter is almost pure noise. x̂_θ multiplies an error of ε̂_θ by 1/√ᾱ_t, which is
-    20,291 at t = T = 1000: without clipping, predict the image.
+    20,291 at t = T = 1000: without clipping take `linear_alphas`, or all T steps.
     """
     s = 0.008
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -383,13 +406,13 @@ def cauchy_alphas(T: int) -> Tensor:
         λ_t = log snr(t) = μ + s tan θ_t,      snr(t) = ᾱ_t / (1 − ᾱ_t),      ᾱ_t = sigmoid(λ_t)
 
     with θ_t evenly spaced ("Improved Noise Schedule for Diffusion Training", arXiv 2407.03297).
-    Near μ, λ_t changes slowly: there a uniform t trains most, and the chain's steps are shortest
-    (0.003). More than half of all λ_t lie within s of μ, where x_t is mostly noise and the picture
-    takes shape. The tails are heavy for the ELBO's sake: even the longest step, the first, is only
-    0.52, and the noise at t = 1 (standard deviation 0.002) is small beside a pixel's bin (0.008).
-    This is T ≥ 1000, with λ from 12.4 to −7.5. A shorter chain has nearer ends and a wider s, so
-    that no step is too long. On MNIST it saves 0.35 bits/dim against `linear_alphas`. μ and s were
-    tuned on images: for signals, try the other schedules first.
+    Near μ, λ_t changes slowly: most t of a uniform draw fall there, and there the steps of λ_t are
+    shortest (0.003 for T = 1000). More than half of all λ_t lie within s of μ, where x_t is mostly
+    noise and the picture takes shape. The tails are heavy for the ELBO's sake: even the longest
+    step, the first, is only 0.52 (T = 1000), and the noise at t = 1 (standard deviation 0.002) is
+    small beside a pixel's bin (0.008). For T ≥ 1000 λ goes from 12.4 to −7.5; a shorter chain has
+    nearer ends and a wider s, so that no step is too long. μ and s were tuned on images: for
+    signals, try the other schedules first.
     """
     r = math.log(max(1, 1000 / T))
     mu, s = -2.0, 1.1 * math.exp(r / 2)
@@ -420,20 +443,23 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 # -------------------------------------------------- worked examples: python ddpm.py
-# A copy can do without everything below. Each subsection yields rows (what, formula, computed): a
-# side is a number, or draws whose mean is printed. Rows "as printed" show an error of the print.
+# A copy can do without everything below. A subsection yields rows (what, formula, computed): two
+# numbers, or tensors of draws, whose mean is printed. Rows "as printed" show an error of the print.
 
 
 class ExactDDPM(DDPM):
     """A DDPM that has nothing left to learn: every pixel is drawn from a mixture of Gaussians,
     p(x_0) = Σ_k π_k N(μ_k, σ_k²), and the denoiser is E[ε | x_t] or E[x_0 | x_t]. The defaults are
-    those of Ex. 2.1."""
+    those of Ex. 2.1; T = 200 is this file's."""
 
     def __init__(self, alphas: Tensor = torch.full((200,), 0.97), predict: str = "noise",
-                 clip: bool = False, mu=(-2.0, 2.0), sigma=(0.2, 1.0)):
+                 clip: bool = False, pi=(0.3, 0.7), mu=(-2.0, 2.0), sigma=(0.2, 1.0)):
         super().__init__(self.exact, alphas, predict, clip)
+        if not len(pi) == len(mu) == len(sigma):
+            raise ValueError(f"pi, mu, sigma must be of one length, got {pi}, {mu}, {sigma}")
         self.pi, self.mu, self.sigma = (
-            torch.tensor(values, dtype=torch.float64) for values in ((0.3, 0.7), mu, sigma))
+            torch.tensor(values, dtype=torch.float64) for values in (pi, mu, sigma))
+        self.p(0)  # torch refuses a π_k < 0 and a σ_k = 0
 
     def p(self, t: int | Tensor) -> MixtureSameFamily:
         """p_t(x) = Σ_k π_k N(x | √ᾱ_t μ_k, 1 − ᾱ_t + ᾱ_t σ_k²)    Ex. 2.2, (2.13)"""

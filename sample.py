@@ -10,6 +10,7 @@ The second half serves train.py, too: models and checkpoints, devices, pictures,
 import argparse
 import contextlib
 import io
+import itertools
 import math
 import os
 import struct
@@ -32,25 +33,30 @@ from unet import Fourier, UNet
 from vae import VAE, conv_networks
 
 BATCH = 256  # images that the network draws at a time
-STRIP_FRAMES, STRIP_IMAGES = 11, 8  # columns and rows of the film strip
+STRIP_FRAMES, STRIP_IMAGES = 11, 4  # columns of the film strip, and images, two rows each
 LATENT_SIDE = 12  # images along each side of the latent grid
 FORMAT = 6  # of checkpoints
 
 
+@torch.no_grad()
 def draw(model: nn.Module, noise: Tensor, steps: int | None, length: int, eta: float,
-         keep: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """Decode z, or run the chain from x_T: uint8 images (n, C, H, W), and of a DDPM {i: the first
-    batch after i of the `length` steps}, for i = 0 and every i in `keep`."""
-    images, film, model = [], {0: to_uint8(noise[:BATCH])}, recorded(model)
+         keep: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """Decode z, or run the chain from x_T in `length` steps: (images, film), uint8. images: all,
+    (n, C, H, W). film: for every i in `keep`, x_t and x̂_θ(x_t) of the first few after i steps, each
+    (STRIP_IMAGES, 2, C, H, W)."""
+    images, film, model = [], [], recorded(model)
     with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
         for x_T in noise.split(BATCH):
-            chain = ([(0, model.sample(x_T))] if isinstance(model, VAE)
-                     else model.chain(x_T, steps, eta))
-            for i, (_, x) in enumerate(chain, start=1):
-                bar.update()
-                if i in keep and not images:  # the first batch
-                    film[i] = to_uint8(x)
-            images.append(to_uint8(x))
+            if isinstance(model, VAE):
+                chain = [(0, model.sample(x_T))]
+            else:
+                chain = itertools.chain([(model.T, x_T)], model.chain(x_T, steps, eta))
+            for i, (t, x_t) in enumerate(chain):
+                bar.update(i > 0)
+                if i in keep and not images:  # of the first batch
+                    x = x_t[:STRIP_IMAGES]
+                    film.append(to_uint8(torch.stack([x, model.predict_x0(x, t) if t else x], 1)))
+            images.append(to_uint8(x_t))
     return torch.cat(images), film
 
 
@@ -80,21 +86,21 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     add = parser.add_argument
     add("--checkpoint", type=Path, help="default: the newest checkpoint.pt under runs/")
     add("-n", type=number(int, 1), default=64, help="how many images (default: 64)")
-    add("--steps", type=number(int, 1), help="ddpm: DDIM with this many steps (default: all T "
-        "steps of the reverse chain)")
-    add("--eta", type=number(float, 0, 1), help="ddpm: DDIM's share of fresh noise, 0 to 1 "
-        "(default: 1)")
+    add("--steps", type=number(int, 1), help="ddpm: DDIM with this many steps (default: all T, by "
+        "the reverse chain if --eta is 1)")
+    add("--eta", type=number(float, 0, 1), help="ddpm: DDIM's eta, from 0, deterministic, to 1, as "
+        "random as DDPM (default: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all noise; with another "
-        "-n the same seed makes other images (default: 0)")
+        "-n it can make other images (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="auto is bf16 autocast on hardware that has bf16 (default: auto)")
+        help="auto: bf16 autocast on hardware that has it (a CPU: from torch 2.11 on; default: auto)")
     add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
         "(default: samples.png beside the checkpoint)")
     add("--strip", type=Path, metavar="FILE.png", help=f"ddpm: also a film strip of the first "
-        f"{STRIP_IMAGES} on their way from x_T to x_0")
+        f"{STRIP_IMAGES}, from x_T to x_0, with the network's idea of x_0 under each x_t")
     add("--latent-grid", type=Path, metavar="FILE.png",
-        help="vae with --latent-dim 2: also what the decoder makes of every z of a grid")
+        help="vae with --latent-dim 2: also the decoder's output for a grid of z")
     return parser, parser.parse_args(argv)
 
 
@@ -110,7 +116,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
              for name in ("out", "strip", "latent_grid") if getattr(args, name)}
     for option, path in files.items():
         suffixes = (".png", ".pt") if option == "--out" else (".png",)
-        if path.suffix not in suffixes or not path.parent.is_dir():
+        if path.suffix.lower() not in suffixes or not path.parent.is_dir():
             raise ValueError(f"{option} {path}: must end in {' or '.join(suffixes)}, in a folder "
                              "that exists")
         if (path.is_dir() or path.name == "checkpoint.pt"
@@ -144,13 +150,13 @@ def main(argv: list[str] | None = None):
         with autocast(noise.device, args.precision):
             images, film = draw(model, noise, args.steps, length,
                                 1.0 if args.eta is None else args.eta, strip)
-        if args.out.suffix == ".pt":
+        if args.out.suffix.lower() == ".pt":
             save(args.out, images)
         else:
             write_png(args.out, grid(images))
         if args.strip:
-            rows = torch.stack([film[i][:STRIP_IMAGES] for i in strip], dim=1)
-            write_png(args.strip, grid(rows.flatten(0, 1), columns=len(strip)))
+            rows = torch.stack(film, dim=2).flatten(0, 2)
+            write_png(args.strip, grid(rows, columns=len(strip)))
         if args.latent_grid:
             write_png(args.latent_grid, grid(to_uint8(latent_grid(model, noise.device))))
     except torch.OutOfMemoryError:
@@ -199,30 +205,38 @@ def load(path: Path):
 def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
     """What train.py saved, and the model with the EMA of its weights. OSError or ValueError."""
     state = load(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of train.py, or one of another version of it")
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    if state["format"] != FORMAT:
+        raise ValueError(f"{path}: a checkpoint of format {state['format']}, from another version "
+                         f"of train.py; this one reads format {FORMAT}")
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["ema"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({error})") from error
     return state, model.eval()
 
 
-def save(path: Path, value):
-    """An atomic torch.save: writes a new file, then renames it over the old one. Raises OSError."""
-    buffer, new = io.BytesIO(), Path(f"{path}.tmp")
+def save(path: Path, value, replace: bool = True):
+    """An atomic torch.save: writes a new file, then renames it over the old one. Raises OSError,
+    with replace=False also where there is an old one."""
+    buffer, new = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp")
     torch.save(value, buffer)  # on a full disk torch would raise RuntimeError
-    with open(new, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    for attempt in range(10):
-        try:
-            return os.replace(new, path)
-        except PermissionError:  # Windows, while somebody reads the old file
+    try:
+        with open(new, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if not replace:  # of two runs that start at once, the file system refuses one here
+            open(path, "xb").close()
+        for attempt in range(10):
+            with contextlib.suppress(PermissionError):  # Windows, while somebody reads the old file
+                return os.replace(new, path)
             time.sleep(0.1)
-    os.replace(new, path)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------ devices
@@ -234,8 +248,8 @@ RECORDED = ["cuda"] if torch.version.cuda else []
 
 def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """f, faster on CUDA. The first call with inputs of a new kind records f's kernels as a CUDA
-    graph; every call then replays them in one launch. A network is a thousand kernels, and the
-    host takes longer to launch them than a fast GPU takes to run them.
+    graph; every call then replays them in one launch. A training step is a thousand kernels, and
+    the host takes longer to launch them than a fast GPU takes to run them.
 
     f's Python runs only for the recording. So f must not wait for the device, nor use anything on
     the host that changes. All else that f reads or writes must stay at its address; under autocast,
@@ -277,7 +291,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.ones(1, device=name).device
+        x = torch.ones(1, device=name)
+        x.item()  # the meta device has no values
+        return x.device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"--device {name}: {reason}") from error
@@ -285,12 +301,12 @@ def pick_device(name: str) -> torch.device:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware has bfloat16
-    (CUDA since Ampere, CPUs with AMX or AVX-512 BF16). Never float16: its largest number is 65504,
-    and anything larger becomes inf."""
+    (CUDA since Ampere; from torch 2.11 on also CPUs with AMX or AVX-512 BF16). Never float16: its
+    largest number is 65504, and anything larger becomes inf."""
     if precision == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif precision == "auto" and device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.7
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
         bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     else:
         bf16 = precision == "bf16"
@@ -368,13 +384,15 @@ def quiet(method: Callable) -> Callable:
 
 def run(main: Callable):
     """main() as a script."""
-    # Makes glibc keep freed memory for the next layer (it learns the size from one large free, of
-    # at most 32 MiB). Without it a CPU run spends a fifth of its time on pages from the kernel.
+    # Freeing a block of just under 32 MiB raises glibc's mmap threshold to it: layers then reuse
+    # freed memory. Without it a CPU run spends a fifth of its time on pages from the kernel.
     torch.empty(31 * 2**20, dtype=torch.uint8)
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's can't, and need not
-        sys.stdout.reconfigure(errors="replace")  # in the name of a file
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None for a service, or after >&-
+        if hasattr(stream, "reconfigure"):  # a notebook's can't, and need not
+            stream.reconfigure(errors="replace")  # in the name of a file
         stream.write, stream.flush = quiet(stream.write), quiet(stream.flush)
+        setattr(sys, name, stream)
     try:
         main()
     except KeyboardInterrupt:

@@ -4,8 +4,8 @@
     python train.py --model ddpm      section 2
     torchrun --nproc_per_node=4 train.py --model ddpm      on four devices
 
-Output in runs/<model>/: checkpoint.pt, metrics.csv, and pictures of samples on the way. In
-order: the recipes; `gradient_steps`, which is the training; `train`, which looks after it; what
+Output in runs/<model>/: checkpoint.pt, metrics.csv, result.txt, and pictures of samples on the way.
+In order: the recipes; `gradient_steps`, which is the training; `train`, which looks after it; what
 these call; the files of a run; the data; the command line.
 
 The paper gives the loss (§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM
@@ -45,12 +45,12 @@ from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph
 # The options of a run, where the command line says nothing else.
 COMMON = {"data": None, "epochs": None, "device": "auto", "precision": "auto", "seed": 0}
 RECIPES = {
-    # Two CPU cores take a quarter of an hour.
+    # Two CPU cores take about 11 minutes.
     "ddpm": {"steps": 5600, "batch_size": 40, "lr": 3e-3,
              "timesteps": 1000, "schedule": "cauchy", "predict": "noise",  # the chain
              "channels": 16, "multipliers": [1, 2, 4], "blocks": 1,        # its network
              "attention": [], "dropout": 0.0, "fourier": [3, 5]},
-    # A large GPU takes two minutes. All else is as above.
+    # A large GPU takes under two minutes. All else is as above.
     "ddpm on CUDA": {"steps": 4000, "batch_size": 256, "lr": 1e-3, "channels": 64},
     # Two CPU cores take two minutes.
     "vae": {"steps": 4680, "batch_size": 128, "lr": 4e-3,
@@ -62,14 +62,15 @@ OPTIONS = [  # name, values, meaning
     ("steps", COUNT, "gradient steps"),
     ("epochs", COUNT, "passes over the data, instead of --steps"),
     ("device", str, "cpu, cuda, cuda:N, mps or auto: CUDA where there is one"),
-    ("precision", ["auto", "fp32", "bf16"], "auto: bfloat16 autocast on hardware that has it"),
+    ("precision", ["auto", "fp32", "bf16"], "auto: bf16 autocast on hardware that has it (a CPU: "
+     "from torch 2.11 on)"),
     ("seed", number(int, 0, 2**63 - 1), "of every random number"),
     ("batch_size", COUNT, "images in a step, of all devices together"),
     ("lr", number(float, 1e-9, 1), "peak learning rate"),
     ("timesteps", number(int, 2, 10**6), "length T of the chain"),
     ("schedule", list(SCHEDULES), "of alpha_t"),
     ("predict", ["noise", "image"], "the network's output: section 2.5's or 2.4's"),
-    ("channels", COUNT, "width of the network's first layer"),
+    ("channels", COUNT, "width of the network's first layer; of a ddpm a multiple of 4"),
     ("multipliers", COUNT, "width of each level, in multiples of --channels"),
     ("blocks", COUNT, "residual blocks a level"),
     ("attention", number(int, 0), "levels with attention (0: full resolution) beside the middle"),
@@ -156,15 +157,15 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         check_finite(step, *model.parameters())  # the gradient of a finite loss may not be finite
         now = time.perf_counter()
         if RANK == 0:
-            save(out / "checkpoint.pt", {
-                "format": FORMAT, "config": config, "step": step, "seconds": now - start,
-                "model": model.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict()})
+            values = {"format": FORMAT, "config": config, "step": step, "seconds": now - start,
+                      "model": model.state_dict(), "ema": ema.state_dict(),
+                      "optimizer": optimizer.state_dict()}
+            save(out / "checkpoint.pt", values, replace=step > 0 or bool(state))
         return now
 
     with bar, caught_signals() as signals:
-        begin_metrics(out / "metrics.csv", step, new=not state)
-        saved = checkpoint()  # so that --resume always finds one
+        saved = checkpoint()  # the mark of a run, and what --resume needs
+        begin_metrics(out / "metrics.csv", step)
         data = batches(images, config, step, device)
         for step, loss, lr in gradient_steps(model, ema, optimizer, data, config):
             losses.append(loss)
@@ -243,8 +244,9 @@ def check_finite(step: int, *values: Tensor):
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP in a list. The same
-    signal again kills the process, except for SIGHUP, which a closed terminal may send twice."""
+    """Collects SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP in a list. A second
+    SIGINT, a person's, kills the process. The others are repeated by machines: one that came is
+    collected until the process ends."""
     signals, before, caught = [], {}, [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
@@ -252,7 +254,7 @@ def caught_signals() -> Iterator[list[int]]:
 
     def on_signal(signum, frame):
         signals.append(signum)
-        if signum != hangup:
+        if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
 
     with contextlib.suppress(ValueError):  # only the main thread can catch signals
@@ -261,7 +263,8 @@ def caught_signals() -> Iterator[list[int]]:
         yield signals
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            if signum == signal.SIGINT or signum not in signals:
+                signal.signal(signum, handler)
 
 
 # A global: up to torch 2.7 a tensor freed while the process group shuts down can deadlock it.
@@ -304,17 +307,15 @@ def write(path: Path, *values, mode: str = "a"):
 
 
 @on_rank_0
-def begin_metrics(path: Path, step: int, new: bool):
+@warned()
+def begin_metrics(path: Path, step: int):
     """Leave metrics.csv with its head and the rows up to this step. Rows after the last checkpoint
     are cut off: those steps will be taken again."""
-    if new:  # of two runs that start at once, the file system refuses one here
-        path.touch(exist_ok=False)
-    with warned():
-        text = path.read_text(errors="replace") if path.exists() else ""
-        rows = [row for row in text.splitlines()
-                if re.match(r"\d+,", row) and int(row.partition(",")[0]) <= step]
-        head = "step,epoch,loss,lr,images_per_second,seconds"
-        write(path, "\n".join([head, *rows]), mode="w")
+    text = path.read_text(errors="replace") if path.exists() else ""
+    rows = [row for row in re.findall(r"^\d+,.*(?=\n)", text, re.M)  # whole ones
+            if int(row.partition(",")[0]) <= step]
+    head = "step,epoch,loss,lr,images_per_second,seconds"
+    write(path, "\n".join([head, *rows]), mode="w")
 
 
 @on_rank_0
@@ -339,15 +340,20 @@ def write_pictures(out: Path, step: int, model: nn.Module, x: Tensor, config: di
 
 @on_rank_0
 @torch.no_grad()
-def evaluate(model: nn.Module, test: Tensor, config: dict, device: torch.device) -> str:
-    """The test ELBO, in float32, as the last line of the run has it."""
+def evaluate(model: nn.Module, images: Tensor, test: Tensor, config: dict,
+             device: torch.device) -> str:
+    """The test ELBO beside that of as many training images, in float32: the run's last line."""
     n, options = EVALUATION[config["model"]]
-    torch.manual_seed(config["seed"])
-    model, batches = recorded(model), test[:n].split(config["batch_size"] // RANKS)
-    bits = torch.cat([model.bits_per_dim(to_float(x, device), **options) for x in batches]).mean()
-    nats = bits.item() * math.log(2) * math.prod(config["image_shape"])
-    return (f"test ELBO {-nats:.1f} nats, {bits:.3f} bits/dim ({len(test[:n]):,} images"
-            + "".join(f", {k} random t each" for k in options.values()) + ")")
+    n, model, parts = min(n, len(test)), recorded(model), []
+    for x in test[:n], images[:n]:
+        torch.manual_seed(config["seed"])
+        batches = x.split(config["batch_size"] // RANKS)
+        bits = torch.cat([model.bits_per_dim(to_float(x, device), **options) for x in batches])
+        nats = bits.mean().item() * math.log(2) * math.prod(config["image_shape"])
+        parts.append(f"{-nats:.1f} nats, {bits.mean():.3f} bits/dim")
+    return (f"test ELBO {parts[0]} ({n:,} images"
+            + "".join(f", {k} random t each" for k in options.values())
+            + f"); of as many training images {parts[1]}")
 
 
 # ------------------------------------------------------------------------------ data
@@ -356,7 +362,7 @@ def evaluate(model: nn.Module, test: Tensor, config: dict, device: torch.device)
 def load_images(data: Path) -> tuple[Tensor, Tensor]:
     """Training and test images, uint8 (N, C, H, W) with C = 1 or 3, from a folder like MNIST's or
     from a .pt file with one such tensor, of which every 32nd image is held out for testing."""
-    if data.suffix == ".pt":
+    if data.suffix.lower() == ".pt":
         images = load(data)
         if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
                 and images.shape[1] in (1, 3) and images.numel() and len(images) > 1):
@@ -414,9 +420,9 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     for name, values, text in OPTIONS:
         found = {f" for {where}": recipe[name] for where, recipe in RECIPES.items()
                  if name in recipe} or {"": COMMON[name]}
-        for where, value in found.items():
-            value = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
-            text += "" if value is None else f"; {value}{where}"
+        shown = [f"{' '.join(map(str, value)) or 'none'}{where}" if isinstance(value, list)
+                 else f"{value}{where}" for where, value in found.items() if value is not None]
+        text += f" (default: {', '.join(shown)})" if shown else ""
         group = length if name in ("epochs", "steps") else parser
         group.add_argument(f"--{name.replace('_', '-')}", help=text,
                            nargs="*" if name in ("multipliers", "attention", "fourier") else None,
@@ -526,7 +532,7 @@ def main(argv: list[str] | None = None):
         say(f"stopped at step {step:,} of {config['steps']:,}; to go on: {launcher} train.py "
             f"--model {config['model']} --out {folder} --resume")
         sys.exit(128 + signum)
-    result = evaluate(ema, test, config, device)
+    result = evaluate(ema, images, test, config, device)
     write(out / "result.txt", result, mode="w")
     say(f"{result}; to sample: python sample.py --checkpoint {folder}/checkpoint.pt")
 

@@ -12,7 +12,8 @@ same shape will do. `UNet` is the network of "Denoising Diffusion Probabilistic 
 
 Every level has `blocks` residual blocks on the way down and `blocks` + 1 on the way up. Each block
 on the way up also reads one output of the way down (a skip). Every block receives the time t. The
-middle, and the levels named in `attention`, have self-attention over the whole image.
+first of the two middle blocks, and the levels named in `attention`, have self-attention over the
+whole image.
 
 This repository adds `Fourier` features of the input.
 """
@@ -31,7 +32,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     ones place t roughly within 1..T, short ones tell neighbouring t apart ("Attention Is All You
     Need", arXiv 1706.03762).
     """
-    exponent = torch.arange(dim // 2, device=t.device) / (dim // 2 - 1)
+    exponent = torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2 - 1)
     angle = t[:, None] * torch.exp(-math.log(10_000) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -98,14 +99,15 @@ class UNet(nn.Module):
         channels: width of the stem, a multiple of 4.
         multipliers: level i is channels · multipliers[i] wide and has 1/2^i of the resolution.
         blocks: residual blocks a level on the way down (one more on the way up).
-        attention: levels whose blocks end in self-attention, at a cost of (H·W)²; the middle always
-            has it.
+        attention: the numbers of the levels whose blocks end in self-attention, at a cost of
+            (H·W)², besides the middle's first block.
         dropout: probability inside the residual blocks.
 
     UNet(3, 3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1) is the
-    CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters.
+    CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters. (Its published weights do
+    not fit: there a convolution of stride 2 pads the right and the lower edge alone.)
 
-    Raises ValueError for an impossible configuration, and for an x_t of the wrong shape.
+    Raises ValueError for numbers out of range, and for an x_t of the wrong shape.
     """
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1, channels: int = 16,
@@ -115,11 +117,10 @@ class UNet(nn.Module):
         if channels < 4 or channels % 4:
             raise ValueError(f"channels must be a positive multiple of 4, got {channels}")
         if blocks < 1 or not multipliers or min(multipliers) < 1:
-            raise ValueError("blocks and multipliers must be whole numbers from 1, "
-                             f"got {blocks}, {multipliers}")
-        if not set(attention) <= set(range(len(multipliers))):
-            raise ValueError(f"attention must name levels from 0 to {len(multipliers) - 1}, "
-                             f"got {attention}")
+            raise ValueError(f"blocks and multipliers must be from 1, got {blocks}, {multipliers}")
+        if not set(attention) <= set(range(len(multipliers))) or bool in map(type, attention):
+            raise ValueError(f"attention must be numbers of levels, 0 to {len(multipliers) - 1}, as "
+                             f"(2,), no flags; got {attention}")
         self.channels, self.stride = channels, 2 ** (len(multipliers) - 1)
 
         c_time = 4 * channels
@@ -163,8 +164,9 @@ class UNet(nn.Module):
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"H and W must be divisible by {self.stride}, got {x.shape[2]} and "
                              f"{x.shape[3]}")
-        time = time_embedding(t.expand(len(x)), self.channels)  # (B, channels)
-        time = self.time(time.to(x.dtype))                      # (B, 4 · channels)
+        # (B, channels), then (B, 4 · channels). An exporter would take len(x) for a constant.
+        time = time_embedding(t.expand(x.shape[0]), self.channels)
+        time = self.time(time.to(x.dtype))
 
         # After a block of level i, h is (B, channels · multipliers[i], H/2^i, W/2^i). Going down
         # loses detail. So every output is kept, and a block on the way up reads it beside h, which
@@ -193,7 +195,6 @@ class Fourier(nn.Module):
     At t = 1 of `cauchy_alphas` the noise has standard deviation 0.002, less than bfloat16 can
     resolve near ±1 (steps of 0.004). The features, computed in x_t's own precision, change 2ⁿπ
     times as fast as x_t: 100 times for n = 5 ("Variational Diffusion Models", arXiv 2107.00630).
-    On MNIST they save 0.09 bits/dim.
     """
 
     def __init__(self, network: nn.Module, exponents: Sequence[int]):

@@ -2,8 +2,8 @@
 """Section 1 of the tutorial: the variational auto-encoder (VAE).
 
 Numbers (§, theorem, example, equation) are those of Stanley Chan, "Tutorial on Diffusion Models for
-Imaging and Vision" (arXiv 2403.18103), version 3, January 2025, whose order the file follows. Where
-the paper writes d for both dimensions, d is that of z here, and D that of x.
+Imaging and Vision" (arXiv 2403.18103), version 3, January 2025, whose order the file follows. The
+paper writes d for the dimension of x and of z; here d is that of z, and D that of x.
 
 Building Blocks (§1.1). An encoder turns the image x into a latent z, a decoder turns z back into
 an image, and both are distributions:
@@ -77,7 +77,8 @@ class VAE(nn.Module):
             one more parameter. A small σ_dec gives sharp reconstructions but bad samples, because
             the encoded z are then far from N(0, I). A large one does the opposite.
 
-    Images are float tensors (B, C, H, W) in [-1, 1]. Bad arguments raise ValueError.
+    Images are float tensors (B, C, H, W) in [-1, 1]. ValueError for an impossible decoder_std, for
+    an x that is no tensor of floats, and for networks whose outputs do not fit.
     """
 
     def __init__(self, encoder: Callable[[Tensor], Tensor], decoder: Callable[[Tensor], Tensor],
@@ -95,7 +96,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    (1.2): (mu, log_var), (B, d, …)."""
-        refuse_bytes(x)
+        check_floats(x)
         both = self.encoder(x).to(x.dtype)  # float32 under autocast, too
         if both.shape[1] % 2:
             raise ValueError(f"the encoder must make (B, 2d, …) of x, got {tuple(both.shape)}")
@@ -186,18 +187,26 @@ class VAE(nn.Module):
             −log P(x)  ≤  −E log [p(x + u) (2/255)^D]  ≤  −E ELBO(x + u) − D log (2/255)
 
         u is uniform over a pixel's bin, 2/255 wide on [-1, 1] ("A note on the evaluation of
-        generative models", arXiv 1511.01844). One u is drawn for each x.
+        generative models", arXiv 1511.01844). One u is drawn for each x. This holds for densities
+        p_θ(x | z), as (1.3), not for a subclass with probabilities (Bernoulli): take its `elbo`.
         """
-        refuse_bytes(x)
+        check_pixels(x)
         u = (torch.rand_like(x) - 0.5) * (2 / 255)
         terms = self.elbo(x + u)
         elbo = terms["reconstruction"] - terms["kl"]
         return (-elbo / math.prod(x.shape[1:]) - math.log(2 / 255)) / math.log(2)
 
 
-def refuse_bytes(x: Tensor):
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floats, images in [-1, 1], got {x.dtype}")
+def check_floats(x: Tensor):
+    if not isinstance(x, Tensor) or not x.is_floating_point() or 0 in x.shape:
+        kind = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
+        raise ValueError(f"x must be a tensor of floats, images in [-1, 1], got {kind}")
+
+
+def check_pixels(x: Tensor):
+    check_floats(x)
+    if not x.abs().max() <= 1 or not ((x * 127.5 + 127.5) % 1 - 0.5).abs().min() > 0.4:
+        raise ValueError("x must be 8-bit pixels, k / 127.5 − 1 for k = 0, …, 255; some are not")
 
 
 # -------------------------------------------------- the networks: the paper leaves them open
@@ -236,11 +245,11 @@ def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
 
 
 # -------------------------------------------------- worked examples: python vae.py
-# A copy can do without everything below. Each subsection yields rows (what, formula, computed): a
-# side is a number, or draws whose mean is printed. Rows "as printed" show an error of the print.
+# A copy can do without everything below. A subsection yields rows (what, formula, computed): two
+# numbers, or tensors of draws, whose mean is printed. Rows "as printed" show an error of the print.
 # ELBOs and KLs are in nats.
 
-# From Ex. 1.3 on, x ~ N(μ, σ² I). x and z have the same dimension, the paper's d, here D.
+# From Ex. 1.3 on, x ~ N(μ, σ² I). x and z have one dimension: d in the paper and the rows, D below.
 D, MU, SIGMA = 64, 0.3, 0.5
 
 
