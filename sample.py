@@ -34,7 +34,7 @@ from vae import VAE, conv_networks
 
 BATCH = 256  # images that the network draws at a time
 STRIP_FRAMES, STRIP_IMAGES = 11, 4  # columns of the film strip, and images, two rows each
-LATENT_SIDE = 12  # images along each side of the latent grid
+LATENT_SIDE = 11  # images along each side of the latent grid
 FORMAT = 6  # of checkpoints
 
 
