@@ -73,10 +73,10 @@ class DDPM(nn.Module):
         self.register_buffer("roots", torch.stack(
             [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()]).float(), persistent=False)
         if not 1e-50 < self.alpha_bar[-1] < 0.1 or alphas[0] < 0.4:
-            raise ValueError(f"the product of alphas is {self.alpha_bar[-1]:.2g}, and must be "
-                             "between 1e-50 and 0.1 (else x_T is not white noise, or x_t is long "
-                             f"before T); α_1 is {alphas[0]:.2g}, and must be at least 0.4. Are "
-                             "these α_t, or rather 1 − α_t or ᾱ_t?")
+            raise ValueError(f"the product of alphas is {self.alpha_bar[-1]:.2g}, and must be 1e-50 "
+                             "to 0.1 (else x_T is not white noise, or x_t is long before T); α_1 is "
+                             f"{alphas[0]:.2g}, and must be at least 0.4. Are these α_t, or rather "
+                             "1 − α_t or ᾱ_t?")
 
     def at(self, t: int | Tensor, x: Tensor, *tables: Tensor) -> list[Tensor]:
         """The tables at t, in x's precision and on its device: () for an int, else (B, 1, …, 1)."""
@@ -114,8 +114,8 @@ class DDPM(nn.Module):
         return scale * x_0 + std * noise
 
     def roots_at(self, t: int | Tensor, x: Tensor) -> Sequence[Tensor]:
-        """√ᾱ_t and √(1 − ᾱ_t) as `at` reads them. But t on a device, as `loss` draws it, is looked
-        up there and not checked: the host need not wait, and a CUDA graph can record it."""
+        """√ᾱ_t and √(1 − ᾱ_t). A t on a device, as `loss` draws it, is looked up there and not
+        checked: the host need not wait, and a CUDA graph can record it."""
         if isinstance(t, Tensor) and t.device.type != "cpu":
             return self.roots.to(x)[:, t].view(2, -1, *[1] * (x.ndim - 1))
         return self.at(t, x, self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
@@ -252,8 +252,8 @@ class DDPM(nn.Module):
 
         Both boxes "Inference of DDPM"; their first line, x_T ~ N(0, I), is the argument. With ε̂_θ
         the step goes through x̂_θ, so that x̂_θ can be clipped. Yields (t, x_t), t = T − 1, …, 0.
-        To steer a chain, for inpainting say, overwrite the yielded tensor in place, x_t.copy_(…):
-        the next step starts from it. (So do the other two chains.)
+        To steer a chain, here and in DDIM, overwrite the yielded tensor in place, x_t.copy_(…): the
+        next step starts from it.
         """
         x_t = x_T
         for t in range(self.T, 0, -1):
@@ -406,13 +406,12 @@ def cauchy_alphas(T: int) -> Tensor:
         λ_t = log snr(t) = μ + s tan θ_t,      snr(t) = ᾱ_t / (1 − ᾱ_t),      ᾱ_t = sigmoid(λ_t)
 
     with θ_t evenly spaced ("Improved Noise Schedule for Diffusion Training", arXiv 2407.03297).
-    Near μ, λ_t changes slowly: most t of a uniform draw fall there, and there the steps of λ_t are
-    shortest (0.003 for T = 1000). More than half of all λ_t lie within s of μ, where x_t is mostly
-    noise and the picture takes shape. The tails are heavy for the ELBO's sake: even the longest
-    step, the first, is only 0.52 (T = 1000), and the noise at t = 1 (standard deviation 0.002) is
-    small beside a pixel's bin (0.008). For T ≥ 1000 λ goes from 12.4 to −7.5; a shorter chain has
-    nearer ends and a wider s, so that no step is too long. μ and s were tuned on images: for
-    signals, try the other schedules first.
+    More than half of all λ_t lie within s of μ, where x_t is mostly noise and the picture takes
+    shape; there the steps of λ_t are shortest (0.003 for T = 1000). The tails are heavy for the
+    ELBO's sake: the longest step, the first, is only 0.52 (T = 1000), and the noise at t = 1
+    (standard deviation 0.002) is small beside a pixel's bin (0.008). For T ≥ 1000 λ goes from 12.4
+    to −7.5; a shorter chain has nearer ends and a wider s, so that no step is too long. μ and s
+    were tuned on images: for signals, try the other schedules first.
     """
     r = math.log(max(1, 1000 / T))
     mu, s = -2.0, 1.1 * math.exp(r / 2)

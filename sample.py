@@ -39,19 +39,18 @@ FORMAT = 6  # of checkpoints
 
 
 @torch.no_grad()
-def draw(model: nn.Module, noise: Tensor, steps: int | None, length: int, eta: float,
-         keep: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """Decode z, or run the chain from x_T in `length` steps: (images, film), uint8. images: all,
-    (n, C, H, W). film: for every i in `keep`, x_t and x̂_θ(x_t) of the first few after i steps, each
-    (STRIP_IMAGES, 2, C, H, W)."""
-    images, film, model = [], [], recorded(model)
-    with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
+def draw(model: nn.Module, noise: Tensor, steps: int | None, eta: float,
+         frames: int) -> tuple[Tensor, list[Tensor]]:
+    """Decode z, or run the chain from x_T: uint8 images (n, C, H, W), and at most `frames` pairs
+    x_t, x̂_θ(x_t) of the first few on their way, each (STRIP_IMAGES, 2, C, H, W)."""
+    images, film, model, T = [], [], recorded(model), getattr(model, "T", 1)
+    keep = torch.linspace(0, steps or T, frames).round().tolist()
+    total = (steps or T) * math.ceil(len(noise) / BATCH)
+    with tqdm(total=total, unit="step", desc="sampling") as bar:
         for x_T in noise.split(BATCH):
-            if isinstance(model, VAE):
-                chain = [(0, model.sample(x_T))]
-            else:
-                chain = itertools.chain([(model.T, x_T)], model.chain(x_T, steps, eta))
-            for i, (t, x_t) in enumerate(chain):
+            chain = ([(0, model.sample(x_T))] if isinstance(model, VAE)
+                     else model.chain(x_T, steps, eta))
+            for i, (t, x_t) in enumerate(itertools.chain([(T, x_T)], chain)):
                 bar.update(i > 0)
                 if i in keep and not images:  # of the first batch
                     x = x_t[:STRIP_IMAGES]
@@ -65,11 +64,6 @@ def recorded(model: nn.Module) -> nn.Module:
     if isinstance(model, VAE):
         return model
     return DDPM(cuda_graph(model.denoiser), model.alpha[1:], model.predict, model.clip)
-
-
-def evenly(last: int, count: int) -> list[int]:
-    """At most `count` whole numbers from 0 to `last`, both included."""
-    return sorted(set(torch.linspace(0, last, count).round().int().tolist()))
 
 
 def latent_grid(model: VAE, device: torch.device) -> Tensor:
@@ -86,15 +80,13 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     add = parser.add_argument
     add("--checkpoint", type=Path, help="default: the newest checkpoint.pt under runs/")
     add("-n", type=number(int, 1), default=64, help="how many images (default: 64)")
-    add("--steps", type=number(int, 1), help="ddpm: DDIM with this many steps (default: all T, by "
-        "the reverse chain if --eta is 1)")
-    add("--eta", type=number(float, 0, 1), help="ddpm: DDIM's eta, from 0, deterministic, to 1, as "
-        "random as DDPM (default: 1)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all noise; with another "
-        "-n it can make other images (default: 0)")
+    add("--steps", type=number(int, 1), help="ddpm: fewer steps than T, by DDIM (default: all T)")
+    add("--eta", type=number(float, 0, 1), help="ddpm: DDIM's eta: 0 for no noise after x_T, 1 for "
+        "that of DDPM (default: 1)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all noise (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="auto: bf16 autocast on hardware that has it (a CPU: from torch 2.11 on; default: auto)")
+        help="auto: bf16 on hardware that has it (CPU: torch 2.11) (default: auto)")
     add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
         "(default: samples.png beside the checkpoint)")
     add("--strip", type=Path, metavar="FILE.png", help=f"ddpm: also a film strip of the first "
@@ -126,8 +118,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
         raise ValueError(f"{', '.join(files)}: each needs a file of its own")
     state, model = read_checkpoint(args.checkpoint)
     config = state["config"]
-    foreign = ["steps", "eta", "strip"] if config["model"] == "vae" else ["latent_grid"]
-    for option in foreign:
+    for option in ["steps", "eta", "strip"] if config["model"] == "vae" else ["latent_grid"]:
         if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} does not go with {args.checkpoint}, "
                              f"a {config['model']}")
@@ -145,18 +136,16 @@ def main(argv: list[str] | None = None):
     parser, args = parse_args(argv)
     try:
         model, noise, files = prepare(args)
-        length = args.steps or getattr(model, "T", 1)
-        strip = evenly(length, STRIP_FRAMES) if args.strip else []
         with autocast(noise.device, args.precision):
-            images, film = draw(model, noise, args.steps, length,
-                                1.0 if args.eta is None else args.eta, strip)
+            images, film = draw(model, noise, args.steps, 1.0 if args.eta is None else args.eta,
+                                STRIP_FRAMES if args.strip else 0)
         if args.out.suffix.lower() == ".pt":
             save(args.out, images)
         else:
             write_png(args.out, grid(images))
         if args.strip:
             rows = torch.stack(film, dim=2).flatten(0, 2)
-            write_png(args.strip, grid(rows, columns=len(strip)))
+            write_png(args.strip, grid(rows, columns=len(film)))
         if args.latent_grid:
             write_png(args.latent_grid, grid(to_uint8(latent_grid(model, noise.device))))
     except torch.OutOfMemoryError:
@@ -219,8 +208,7 @@ def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
 
 
 def save(path: Path, value, replace: bool = True):
-    """An atomic torch.save: writes a new file, then renames it over the old one. Raises OSError,
-    with replace=False also where there is an old one."""
+    """An atomic torch.save: writes a new file, then renames it over the old one. Raises OSError."""
     buffer, new = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp")
     torch.save(value, buffer)  # on a full disk torch would raise RuntimeError
     try:
@@ -251,10 +239,9 @@ def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     graph; every call then replays them in one launch. A training step is a thousand kernels, and
     the host takes longer to launch them than a fast GPU takes to run them.
 
-    f's Python runs only for the recording. So f must not wait for the device, nor use anything on
-    the host that changes. All else that f reads or writes must stay at its address; under autocast,
-    so must the cast copies of the weights. The random numbers are new at every call: those that f
-    itself would have drawn.
+    f's Python runs only for the recording: f must not wait for the device, nor use what changes on
+    the host. All else that f reads or writes must stay at its address; under autocast, so must the
+    cast copies of the weights. The random numbers are those that f itself would have drawn.
     """
     graphs = {}
 

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import unittest
+import warnings
 import zlib
 from pathlib import Path
 from unittest import mock
@@ -137,11 +138,18 @@ class TestGaussianMixture(Test):
                          rtol=1e-5)
         joint = pi.log() + parts.log_prob(x[:, None])
         self.assertClose(mixture.posterior(x), joint.softmax(1), rtol=1e-4)
+        draws = mixture.decode(torch.ones(20_000).long())
+        self.assertMean(draws, mu[1])
+        self.assertMean((draws - mu[1])**2, sigma[1]**2)
 
     def test_bad_arguments(self):
         for pi, mu, sigma in (([1], [[0], [1]], [1]), ([1, -1], [[0], [1]], [1, 1]),
                               ([1, 1], [[0], [1]], [1, -1]), ([1, 1], [0, 1], [1, 1])):
             self.assertRaises(ValueError, GaussianMixture, *map(torch.tensor, (pi, mu, sigma)))
+
+
+NO_FLOATS = (("uint8", torch.zeros(2, 1, 8, 8).byte()), ("list", [torch.zeros(1, 8, 8)] * 2),
+             ("int", 16), (r"\(0, 1, 8, 8\)", torch.zeros(0, 1, 8, 8)))
 
 
 def small_vae(image_shape=(1, 8, 8), latent_dim=4, decoder_std=0.6):
@@ -195,12 +203,23 @@ class TestVAE(Test):
             self.assertLessEqual(images.abs().max().item(), 1)
             self.assertFalse(images.requires_grad)
 
+    def test_float32_under_autocast(self):
+        vae = small_vae()
+        with torch.autocast("cpu", torch.bfloat16):
+            mu, log_var = vae.encode(torch.zeros(2, 1, 8, 8))
+            dtypes = {x.dtype for x in (mu, log_var, vae.decode(mu), vae.sample(mu))}
+        self.assertEqual(dtypes, {torch.float32})
+
     def test_bad_arguments(self):
         for std in (0, -1, math.nan, math.inf, "taught", None):
             self.assertRaisesRegex(ValueError, re.escape(repr(std)), small_vae, decoder_std=std)
-        self.assertRaisesRegex(ValueError, "at least 8.*7", conv_networks, (1, 7, 28))
-        for method in (small_vae().loss, small_vae().bits_per_dim):
-            self.assertRaisesRegex(ValueError, "uint8", method, torch.zeros(2, 1, 8, 8).byte())
+        for shape in ((1, 7, 28), (1, 28, 7)):
+            self.assertRaisesRegex(ValueError, f"at least 8.*{re.escape(str(shape))}",
+                                   conv_networks, shape)
+        vae = small_vae()
+        for method, (kind, x) in itertools.product((vae.loss, vae.bits_per_dim, vae.encode),
+                                                   NO_FLOATS):
+            self.assertRaisesRegex(ValueError, f"of floats.*{kind}", method, x)
         for expected, x in (("2, 5.*2, 4", torch.zeros(2, 4)), ("2d.*2, 3", torch.zeros(2, 3))):
             with self.assertRaisesRegex(ValueError, expected):
                 VAE(lambda x: x, lambda z: torch.zeros(2, 5)).loss(x)
@@ -211,9 +230,12 @@ class TestVAE(Test):
 
 class TestSchedules(Test):
     def test_linear_is_the_published_one(self):
-        beta = 1 - linear_alphas(1000)
-        self.assertClose(beta[[0, -1]], [1e-4, 0.02])
-        self.assertClose(beta.diff(), torch.full((999,), (0.02 - 1e-4) / 999))
+        # T = 1000; for another T the ends are scaled, so that the sum is the same.
+        for T in (30, 250, 1000, 4000):
+            beta = 1 - linear_alphas(T)
+            self.assertClose(beta[[0, -1]], [0.1 / T, 20 / T])
+            self.assertClose(beta.diff(), torch.full((T - 1,), (20 - 0.1) / T / (T - 1)))
+            self.assertClose(beta.sum(), 10.05)
 
     def test_cosine_is_the_published_one(self):
         T = 1000
@@ -251,9 +273,11 @@ class TestSchedules(Test):
         for wrong, got in (([0.5], r"\(1,\)"), ([0.5, 1.0], "1.0"), ([0.5, 0.0, 0.5], "0.0"),
                            ([0.5] * 999 + [math.nan], "nan"), ([[0.5, 0.5]], r"\(1, 2\)")):
             self.assertRaisesRegex(ValueError, rf"between 0 and 1, got {got}\Z", DDPM, None, wrong)
-        for T, schedule in itertools.product((100, 1000), sample.SCHEDULES.values()):
-            for wrong in (1 - schedule(T), schedule(T).cumprod(0)):  # β_t, ᾱ_t
-                self.assertRaisesRegex(ValueError, "Are these α_t", DDPM, None, wrong)
+        for T, schedule in itertools.product((2, 3, 8, 25, 100, 1000), sample.SCHEDULES.values()):
+            DDPM(None, schedule(T))
+            wrong = [1 - schedule(T), schedule(T).cumprod(0)]  # β_t, ᾱ_t
+            for alphas in wrong if T >= 100 else wrong[:1]:  # a short chain may have such α_t
+                self.assertRaisesRegex(ValueError, "Are these α_t", DDPM, None, alphas)
         DDPM(None, 1 - torch.linspace(1e-4, 0.02, 300))
         for T in (100, 200):  # ᾱ_T = 0.36 and 0.13, above 0.048
             alphas = 1 - torch.linspace(1e-4, 0.02, T)
@@ -288,24 +312,32 @@ class TestForward(Test):
             self.assertEqual(ddpm.predict_noise(x_t, 500).dtype, dtype)
 
     def test_bad_arguments(self):
-        ddpm, x = DDPM(lambda x, t: x, cosine_alphas(10)), torch.zeros(3, 1, 2, 2)
+        seen, x = [], torch.zeros(3, 1, 2, 2)
+        ddpm = DDPM(lambda x, t: seen.append(t) or x, cosine_alphas(10))
         for t in (0, 11, -1, torch.tensor([1, 2, 0]), torch.tensor([1, 2]), 1.5, math.nan):
-            self.assertRaisesRegex(ValueError, "t must be in 1..10", ddpm.q_marginal, x, t)
+            for method in (ddpm.q_marginal, ddpm.predict_x0, ddpm.predict_noise):
+                self.assertRaisesRegex(ValueError, "t must be in 1..10", method, x, t)
         with self.assertRaisesRegex(ValueError, r"got 11\Z"):  # not all 256
             ddpm.q_marginal(torch.zeros(256), torch.arange(256) + 3)
         for dtype in (torch.uint8, torch.int32):  # an index of bytes would be a mask
             t = torch.tensor([1, 5, 10])
             self.assertClose(ddpm.q_marginal(x, t.to(dtype))[1], ddpm.q_marginal(x, t)[1])
-        for method in (ddpm.loss, ddpm.elbo, lambda x: ddpm.predict_x0(x, 1)):
-            self.assertRaisesRegex(ValueError, "uint8", method, x.byte())
+            ddpm.predict_noise(x, t.to(dtype))
+            self.assertSame(seen.pop(), t)  # the network sees int64, as an nn.Embedding needs it
+        for method, (kind, wrong) in itertools.product(
+                (ddpm.loss, ddpm.bits_per_dim, ddpm.sample, lambda x: ddpm.predict_x0(x, 1)),
+                NO_FLOATS):
+            self.assertRaisesRegex(ValueError, f"of floats.*{kind}", method, wrong)
         for dtype in (torch.bfloat16, torch.float16):
-            self.assertRaisesRegex(ValueError, str(dtype), ddpm.elbo, x.to(dtype))
+            for method in (ddpm.elbo, ddpm.chain, ddpm.sample):
+                self.assertRaisesRegex(ValueError, str(dtype), method, x.to(dtype))
         for value in (2, math.nan):
             self.assertRaisesRegex(ValueError, f"got {value}", ddpm.elbo, x - value)
         with self.assertRaisesRegex(ValueError, "denoiser made"):
             DDPM(lambda x, t: x[:, :, :1], cosine_alphas(10)).loss(x)
         self.assertRaisesRegex(ValueError, "'x'", DDPM, None, cosine_alphas(10), predict="x")
-        for steps, eta in ((0, 0), (11, 0), (2.5, 0), (5, -0.1), (5, 1.1), (5, math.nan)):
+        for steps, eta in ((0, 0), (11, 0), (2.5, 0), (5, -0.1), (5, 1.1), (5, math.nan), ("5", 0),
+                           ([], 0), ([3, 5], 0), ([5, 5, 1], 0), ([5, 0], 0), ([11, 2], 0)):
             self.assertRaises(ValueError, ddpm.sample, x, steps, eta)
         for k in (0, 1.5):
             self.assertRaises(ValueError, ddpm.elbo, x, k)
@@ -320,10 +352,23 @@ def pixel_ddpm(T, predict="noise"):
 
 
 class TestLoss(Test):
-    def test_a_loss_of_ones_own_is_the_one_that_is_called(self):
+    def test_a_method_of_ones_own_is_the_one_that_is_called(self):
         for model in (VAE(None, None), DDPM(None, cosine_alphas(10))):
             model.loss = lambda x: 7 * x
             self.assertEqual(model(1), 7)
+        # A mean that knows x_0, of variance 0; noise of its own; and x_t far from q's.
+        exact, x_T, seen = pixel_ddpm(30), torch.randn(40).double(), []
+        ddpm = DDPM(lambda x, t: seen.append(x) or x, exact.alpha[1:])
+        ddpm.predict_noise = exact.predict_noise
+        self.assertSame(ddpm.sample(x_T, 9, 0.0), exact.sample(x_T, 9, 0.0))
+        ddpm.p_transition = lambda x_t, t: (x_t + t, torch.zeros(()))
+        self.assertClose(ddpm.sample(x_T), x_T + 30 * 31 / 2)
+        ddpm.alpha_bar = torch.full((31,), 0.25).double()
+        ddpm.loss(torch.full((5,), 1e6))
+        self.assertClose(seen.pop(), torch.full((5,), 0.5e6), rtol=1e-4)
+        ddpm.q_sample = lambda x_0, t, noise: x_0 + 7
+        ddpm.loss(x_T)
+        self.assertSame(seen.pop(), x_T + 7)
 
     def test_every_t_is_as_likely(self):
         seen = []
@@ -406,12 +451,27 @@ class TestMixture(Test):
         root, root_1 = ddpm.alpha_bar[[10, 1]].sqrt()
         self.assertClose(next(ddpm.ddim_chain(x_T, 2, 0.0))[1], root_1 + (1 - root_1**2).sqrt()
                          * (x_T - root) / (1 - root**2).sqrt())
+        # The network's own is that to what it said, 3.
+        self.assertClose(ddpm.predict_noise(x_T, 10), (x_T - 3 * root) / (1 - root**2).sqrt())
 
     def test_the_times_of_a_chain(self):
         ddpm, x_T = pixel_ddpm(100), torch.randn(5).double()
         self.assertEqual([t for t, _ in ddpm.reverse_chain(x_T)], list(range(99, -1, -1)))
         for times in ([0], [1, 0], [67, 34, 1, 0], list(range(99, -1, -1))):
-            self.assertEqual([t for t, _ in ddpm.ddim_chain(x_T, len(times))], times)
+            n, chains = len(times), []
+            for steps in (n, float(n), [100, *times[:-1]]):  # even times, or a list of one's own
+                torch.manual_seed(1)
+                chains.append(list(ddpm.ddim_chain(x_T, steps)))
+                self.assertEqual([t for t, _ in chains[-1]], times)
+                self.assertSame(chains[-1], chains[0])
+        # Where x_0 is known and η = 0, one ε leads to all x_t; and a chain may begin anywhere.
+        knows = DDPM(lambda x, t: torch.full_like(x, 0.3), ddpm.alpha[1:], "image")
+        x_70 = knows.q_sample(torch.full_like(x_T, 0.3), 70, x_T)
+        for (t, x_t), expected in zip(knows.ddim_chain(x_70, [70, 12, 5], 0), (12, 5, 0),
+                                      strict=True):
+            root = ddpm.alpha_bar[t].sqrt()
+            self.assertEqual(t, expected)
+            self.assertClose(x_t, 0.3 * root + (1 - root**2).sqrt() * x_T)
 
 
 class TestElbo(Test):
@@ -426,6 +486,25 @@ class TestElbo(Test):
             far = log_pixel_mass(pixels.float(), mean.float(), std.float())
             self.assertTrue(far.isfinite().all())
             self.assertClose(far, log_mass, rtol=1e-3, atol=1e-3)
+            with mock.patch.object(torch.special, "log_ndtr", wraps=torch.special.log_ndtr,
+                                   side_effect=[NotImplementedError, mock.DEFAULT]):  # as on mps
+                self.assertSame(log_pixel_mass(pixels, mean, std), log_mass)
+
+    def test_bits_per_dim_of_8_bit_pixels_alone(self):
+        # The grids of 4, 2 and 1 bits are part of theirs; those of other numbers of bits are not.
+        models = (VAE(lambda x: torch.cat([x, x], dim=1), lambda z: z),
+                  DDPM(lambda x, t: x, cosine_alphas(10)))
+        levels = {bits: torch.linspace(-1, 1, 2**bits).double() for bits in range(1, 17)}
+        levels["0 to 1"], levels["0 to 255"] = torch.arange(256) / 255, torch.arange(256.0)
+        levels["resized"] = (levels[8][1:] + levels[8][:-1]) / 2
+        for (bits, x), model, dtype in itertools.product(
+                levels.items(), models, (torch.float32, torch.float64)):
+            x = x.to(dtype).expand(3, -1)
+            if bits in (1, 2, 4, 8):
+                self.assertEqual(model.bits_per_dim(x).isfinite().sum(), 3)
+            else:
+                with self.subTest(bits), self.assertRaisesRegex(ValueError, "8-bit pixels"):
+                    model.bits_per_dim(x)
 
     def test_prior_matching_and_bits_per_dim(self):
         ddpm = DDPM(lambda x, t: 0.3 * x + 0.1, torch.full((20,), 0.85))
@@ -444,8 +523,10 @@ class TestElbo(Test):
         snr = ddpm.alpha_bar[1:] / (1 - ddpm.alpha_bar[1:])
         # (2.43), with E (x̂_θ − x_0)² = 1 − ᾱ_t, for 4 numbers.
         terms = 4 * 0.5 * (snr[:-1] - snr[1:]) * (1 - ddpm.alpha_bar[2:])
-        for k in (None, 1, 3):
+        for k in (None, 1, 3.0):
             self.assertMean(ddpm.elbo(x_0, k)["consistency"], terms.sum())
+        # So every t estimates the same sum; what is left is the variance of 4 squared errors.
+        self.assertLess(ddpm.elbo(x_0, 1)["consistency"].std(), terms.sum())
 
 
 def small_unet(**options):
@@ -582,11 +663,26 @@ class TestUNet(Test):
 
     def test_bad_arguments(self):
         for name, *values in (("channels", 6, 0), ("blocks", 0), ("multipliers", (), (1, 0)),
-                              ("attention", (3,), (-1,))):
+                              ("attention", (3,), (-1,), (True, False, False), (0, True))):
             for value in values:
                 self.assertRaisesRegex(ValueError, re.escape(str(value)), UNet, **{name: value})
-        with self.assertRaisesRegex(ValueError, "divisible by 4, got 30 and 28"):
-            UNet()(torch.zeros(1, 1, 30, 28), torch.ones(1))
+        for H, W in ((30, 28), (28, 30)):
+            with self.assertRaisesRegex(ValueError, f"divisible by 4, got {H} and {W}"):
+                UNet()(torch.zeros(1, 1, H, W), torch.ones(1))
+
+    def test_times_in_any_default_dtype(self):
+        t = torch.arange(1, 1001)
+        expected = network.time_embedding(t, 32)
+        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.bfloat16)
+        self.assertSame(network.time_embedding(t, 32), expected)
+
+    def test_a_trace_takes_batches_of_any_size(self):
+        unet, x, t = random_weights(small_unet()), torch.randn(5, 1, 8, 8), torch.arange(1, 6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of every Python value
+            trace = torch.jit.trace(unet, (x[:3], t[:3]), check_trace=False)
+        self.assertClose(trace(x, t), unet(x, t), rtol=1e-4, atol=1e-4)
 
 
 class TestAdditions(Test):
@@ -600,8 +696,8 @@ class TestAdditions(Test):
             self.assertSame(Fourier(lambda h, t: h, ())(x, 2), x)
 
     def test_a_model_is_what_its_options_say(self):
-        options = {**train.defaults("ddpm", "cpu"), "image_shape": [3, 32, 32], "timesteps": 50,
-                   "channels": 4, "dropout": 0.1}
+        options = {**train.configure({"model": "ddpm"}, None, "cpu"), "image_shape": [3, 32, 32],
+                   "timesteps": 50, "channels": 4, "dropout": 0.1}
         for name, schedule in (("cauchy", cauchy_alphas), ("cosine", cosine_alphas),
                                ("linear", linear_alphas)):
             ddpm = sample.build_model({**options, "schedule": name})
@@ -877,7 +973,7 @@ class TestGraph(CommandTest):
             for graphs in (contextlib.nullcontext(), graphs_on_the_cpu()):
                 torch.manual_seed(0)
                 with graphs:
-                    images.append(sample.draw(ddpm, noise, 4, 4, 1.0, [])[0])
+                    images.append(sample.draw(ddpm, noise, 4, 1.0, 0)[0])
         self.assertSame(*images)
 
 
@@ -943,9 +1039,9 @@ class TestEndToEnd(CommandTest):
         images = sample.to_uint8(vae.sample(torch.randn(65, 2)))
         self.assertLessEqual((picture.int() - sample.grid(images).int()).abs().max(), 1)
         picture = decode_png(self.folder / "grid.png")
-        z = Normal(0.0, 1.0).icdf((torch.arange(12) + 0.5) / 12)
-        for row, column in ((0, 0), (0, 11), (7, 3)):  # z_1 to the right, z_2 upwards
-            digit = sample.to_uint8(vae.sample(torch.stack([z[column], z[11 - row]])[None]))[0]
+        z = Normal(0.0, 1.0).icdf((torch.arange(11) + 0.5) / 11)
+        for row, column in ((0, 0), (0, 10), (7, 3)):  # z_1 to the right, z_2 upwards
+            digit = sample.to_uint8(vae.sample(torch.stack([z[column], z[10 - row]])[None]))[0]
             drawn = picture[:, 2 + 30 * row:30 + 30 * row, 2 + 30 * column:30 + 30 * column]
             self.assertLessEqual((drawn.int() - digit.int()).abs().max(), 1)
 
@@ -1032,7 +1128,7 @@ class TestReadme(FileTest):
 
     def test_every_block_of_python_runs(self):
         # In a folder with what the blocks read. One asks for Pillow, and is only compiled.
-        config = {"model": "ddpm", "image_shape": [1, 8, 8], **train.defaults("ddpm", "cpu")}
+        config = {**train.configure({"model": "ddpm"}, None, "cpu"), "image_shape": [1, 8, 8]}
         weights = sample.build_model(config).state_dict()
         (self.folder / "runs" / "ddpm").mkdir(parents=True)
         sample.save(self.folder / "runs" / "ddpm" / "checkpoint.pt",

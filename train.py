@@ -62,8 +62,7 @@ OPTIONS = [  # name, values, meaning
     ("steps", COUNT, "gradient steps"),
     ("epochs", COUNT, "passes over the data, instead of --steps"),
     ("device", str, "cpu, cuda, cuda:N, mps or auto: CUDA where there is one"),
-    ("precision", ["auto", "fp32", "bf16"], "auto: bf16 autocast on hardware that has it (a CPU: "
-     "from torch 2.11 on)"),
+    ("precision", ["auto", "fp32", "bf16"], "auto: bf16 on hardware that has it (CPU: torch 2.11)"),
     ("seed", number(int, 0, 2**63 - 1), "of every random number"),
     ("batch_size", COUNT, "images in a step, of all devices together"),
     ("lr", number(float, 1e-9, 1), "peak learning rate"),
@@ -142,7 +141,6 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
-        # The rate is of interest where a finished run goes on: it rises again.
         say(f"on from step {step:,} of {total:,}, at a learning rate of "
             f"{config['lr'] * lr_share(step, total):.1e}")
     # Pictures are drawn every so many steps: after an epoch, or after several.
@@ -157,14 +155,14 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         check_finite(step, *model.parameters())  # the gradient of a finite loss may not be finite
         now = time.perf_counter()
         if RANK == 0:
-            values = {"format": FORMAT, "config": config, "step": step, "seconds": now - start,
-                      "model": model.state_dict(), "ema": ema.state_dict(),
-                      "optimizer": optimizer.state_dict()}
-            save(out / "checkpoint.pt", values, replace=step > 0 or bool(state))
+            save(out / "checkpoint.pt", {
+                "format": FORMAT, "config": config, "step": step, "seconds": now - start,
+                "model": model.state_dict(), "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict()}, replace=step > 0 or bool(state))
         return now
 
     with bar, caught_signals() as signals:
-        saved = checkpoint()  # the mark of a run, and what --resume needs
+        saved = checkpoint()  # so that --resume always finds one, and no other run begins here
         begin_metrics(out / "metrics.csv", step)
         data = batches(images, config, step, device)
         for step, loss, lr in gradient_steps(model, ema, optimizer, data, config):
@@ -342,18 +340,19 @@ def write_pictures(out: Path, step: int, model: nn.Module, x: Tensor, config: di
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, test: Tensor, config: dict,
              device: torch.device) -> str:
-    """The test ELBO beside that of as many training images, in float32: the run's last line."""
-    n, options = EVALUATION[config["model"]]
-    n, model, parts = min(n, len(test)), recorded(model), []
-    for x in test[:n], images[:n]:
+    """The run's last line: the test ELBO, in float32, and that of as many training images."""
+    count, options = EVALUATION[config["model"]]
+    n, model = min(count, len(test)), recorded(model)
+
+    def elbo(x: Tensor) -> str:
         torch.manual_seed(config["seed"])
-        batches = x.split(config["batch_size"] // RANKS)
+        batches = x[:n].split(config["batch_size"] // RANKS)
         bits = torch.cat([model.bits_per_dim(to_float(x, device), **options) for x in batches])
-        nats = bits.mean().item() * math.log(2) * math.prod(config["image_shape"])
-        parts.append(f"{-nats:.1f} nats, {bits.mean():.3f} bits/dim")
-    return (f"test ELBO {parts[0]} ({n:,} images"
-            + "".join(f", {k} random t each" for k in options.values())
-            + f"); of as many training images {parts[1]}")
+        nats = -bits.mean().item() * math.log(2) * math.prod(config["image_shape"])
+        return f"{nats:.1f} nats, {bits.mean():.3f} bits/dim"
+
+    k = "".join(f", {k} random t each" for k in options.values())
+    return f"test ELBO {elbo(test)} ({n:,} images{k}); of as many training images {elbo(images)}"
 
 
 # ------------------------------------------------------------------------------ data
@@ -388,9 +387,8 @@ def read_idx(folder: Path, split: str) -> Tensor:
     found = folder.glob(f"{split}-images?idx3-ubyte*")
     path = min((path for path in found if path.is_file()), default=None)
     if path is None:
-        raise ValueError(f"{folder}: no IDX file {split}-images-idx3-ubyte(.gz) there. --data "
-                         "takes a folder like data/mnist, or a .pt file; the README, under Your "
-                         "own images, makes one of a folder of pictures")
+        raise ValueError(f"{folder}: no IDX file {split}-images-idx3-ubyte(.gz) there. The README, "
+                         "under Your own images, makes a .pt file of a folder of pictures")
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":  # gzip, whatever the file is called
@@ -430,20 +428,16 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     return parser, vars(parser.parse_args(argv))
 
 
-def defaults(model: str, device_type: str) -> dict:
-    """The options of a new run of this model on a device of this type."""
-    on_cuda = RECIPES.get(f"{model} on CUDA", {}) if device_type == "cuda" else {}
-    return {"model": model, **COMMON, **RECIPES[model], **on_cuda}
-
-
 def configure(options: dict, saved: dict | None, device_type: str) -> dict:
-    """What defines a run and is kept in its checkpoint: these options over the defaults, or over
+    """What defines a run and is kept in its checkpoint: these options over the recipe's, or over
     those of the saved run, of which only some may change. Raises ValueError."""
-    new = defaults(options["model"], device_type)
-    for name, value in {"model": options["model"], **options}.items():  # the model decides the rest
+    model = options["model"]
+    on_cuda = RECIPES.get(f"{model} on CUDA", {}) if device_type == "cuda" else {}
+    new = {"model": model, **COMMON, **RECIPES[model], **on_cuda}
+    for name, value in {"model": model, **options}.items():  # the model first: it decides the rest
         flag = f"--{name.replace('_', '-')}"
         if name not in new:
-            raise ValueError(f"{flag} is not an option of --model {options['model']}")
+            raise ValueError(f"{flag} is not an option of --model {model}")
         if saved and name not in CHANGEABLE and value != saved[name]:
             raise ValueError(f"{flag} {value}: this run began with {saved[name]}, and only "
                              f"--{', --'.join(CHANGEABLE)} may change")

@@ -119,8 +119,8 @@ class UNet(nn.Module):
         if blocks < 1 or not multipliers or min(multipliers) < 1:
             raise ValueError(f"blocks and multipliers must be from 1, got {blocks}, {multipliers}")
         if not set(attention) <= set(range(len(multipliers))) or bool in map(type, attention):
-            raise ValueError(f"attention must be numbers of levels, 0 to {len(multipliers) - 1}, as "
-                             f"(2,), no flags; got {attention}")
+            raise ValueError(f"attention must be numbers of levels, 0 to {len(multipliers) - 1}, "
+                             f"such as (2,), no flags; got {attention}")
         self.channels, self.stride = channels, 2 ** (len(multipliers) - 1)
 
         c_time = 4 * channels
