@@ -235,7 +235,8 @@ class DDPM(nn.Module):
         gives better pictures (arXiv 2006.11239, section 3.4).
         """
         check_floats(x_0)
-        t = self.draw_t(x_0)                # t ~ Uniform{1, …, T}
+        # t ~ Uniform{1, …, T} for every image, on the device: the host never sees it.
+        t = torch.randint(1, self.T + 1, x_0.shape[:1], device=x_0.device)
         noise = torch.randn_like(x_0)       # ε ~ N(0, I)
         x_t = self.q_sample(x_0, t, noise)  # √ᾱ_t x_0 + √(1 − ᾱ_t) ε
         target = noise if self.predict == "noise" else x_0
@@ -313,7 +314,7 @@ class DDPM(nn.Module):
         `reverse_chain`. With η = 0 only x_T is random. ε̂_θ is the noise between the clipped x̂_θ
         and x_t. Yields (s, x_s) down to s = 0. A mistake raises when the first pair is asked for.
         """
-        times, valid = steps, range(1, self.T + 1)
+        times, valid, x_t = steps, range(1, self.T + 1), x_T
         if steps in valid:
             even = torch.linspace(self.T, 1, int(steps), dtype=torch.float64)
             times = even.round().int().tolist()
@@ -321,7 +322,6 @@ class DDPM(nn.Module):
         if not times or not falling or not 0 <= eta <= 1:
             raise ValueError(f"steps must be a whole number in 1..{self.T}, or a list of falling "
                              f"ones, and eta in [0, 1], got {steps} and {eta}")
-        x_t = x_T
         for t, s in zip(times, times[1:] + [0]):
             x0_hat = self.predict_x0(x_t, t)
             noise_hat = self.noise_between(x0_hat, x_t, t)
@@ -339,16 +339,6 @@ class DDPM(nn.Module):
         return -self.predict_noise(x_t, t) / std
 
     # -------------------------------------------------- not in the paper
-
-    def draw_t(self, x_0: Tensor) -> Tensor:
-        """t ~ Uniform{1, …, T} for every image, (B,), on x_0's device.
-
-        Within a batch the t are evenly spaced from a random start, so that they cover the chain
-        ("Variational Diffusion Models", arXiv 2107.00630).
-        """
-        start = torch.randint(self.T, (1,), device=x_0.device)
-        steps = torch.arange(len(x_0), device=x_0.device) * self.T // len(x_0)
-        return 1 + (start + steps) % self.T
 
     def bits_per_dim(self, x_0: Tensor, k: int | None = None) -> Tensor:
         """−ELBO / (D ln 2), bits for each of an image's D = C·H·W 8-bit pixels: (B,)."""
@@ -454,11 +444,8 @@ class ExactDDPM(DDPM):
     def __init__(self, alphas: Tensor = torch.full((200,), 0.97), predict: str = "noise",
                  clip: bool = False, pi=(0.3, 0.7), mu=(-2.0, 2.0), sigma=(0.2, 1.0)):
         super().__init__(self.exact, alphas, predict, clip)
-        if not len(pi) == len(mu) == len(sigma):
-            raise ValueError(f"pi, mu, sigma must be of one length, got {pi}, {mu}, {sigma}")
-        self.pi, self.mu, self.sigma = (
-            torch.tensor(values, dtype=torch.float64) for values in (pi, mu, sigma))
-        self.p(0)  # torch refuses a π_k < 0 and a σ_k = 0
+        self.pi, self.mu, self.sigma = torch.tensor([pi, mu, sigma], dtype=torch.float64)
+        self.p(0)  # torch refuses a π_k < 0 and a σ_k = 0, and, above, lists of unequal length
 
     def p(self, t: int | Tensor) -> MixtureSameFamily:
         """p_t(x) = Σ_k π_k N(x | √ᾱ_t μ_k, 1 − ᾱ_t + ᾱ_t σ_k²)    Ex. 2.2, (2.13)"""
