@@ -301,23 +301,25 @@ class DDPM(nn.Module):
                    eta: float = 1.0) -> Iterator[tuple[int, Tensor]]:
         """x_s = √ᾱ_s x̂_θ(x_t) + √(1 − ᾱ_s − σ_t²) ε̂_θ(x_t) + σ_t z,  z ~ N(0, I)    (2.59)
 
-        The predicted x_0, the direction pointing to x_t, and fresh noise; s < t is the next of
-        `steps` times from T to 1, even in t, or of a list of falling times, of which the first is
-        that of x_T. (§2.6 prints α_t for ᾱ_t.) With σ_t² under the root every marginal q(x_s | x_0)
-        stays the same for any σ_t (Thm 2.9), so one trained network serves all. With √(1 − ᾱ_s),
-        the paper's first try, the variance is σ_t² too large. The paper leaves σ_t open. As in
-        "Denoising Diffusion Implicit Models" (arXiv 2010.02502) it is
+        The predicted x_0, the direction pointing to x_t, and fresh noise; s < t is the next time.
+        (§2.6 prints α_t for ᾱ_t.) With σ_t² under the root every marginal q(x_s | x_0) stays the
+        same for any σ_t (Thm 2.9), so one trained network serves all. With √(1 − ᾱ_s), the paper's
+        first try, the variance is σ_t² too large. The paper leaves σ_t open. As in "Denoising
+        Diffusion Implicit Models" (arXiv 2010.02502) it is
 
             σ_t² = η² (1 − ᾱ_s) (1 − ᾱ_t / ᾱ_s) / (1 − ᾱ_t),      0 ≤ η ≤ 1
 
         η = 1 is DDPM with longer steps. Where s = t − 1, σ_t² is σ_q²(t), so steps = T gives
         `reverse_chain`. With η = 0 only x_T is random. ε̂_θ is the noise between the clipped x̂_θ
-        and x_t. Yields (s, x_s) down to s = 0. A mistake raises when the first pair is asked for.
+        and x_t. `steps` is a list of falling times, of which the first is x_T's, or how many from T
+        to 1, denser near T, where long steps lose a picture's brightness. Yields (s, x_s) down to
+        s = 0; a mistake raises when the first pair is asked for.
         """
         times, valid, x_t = steps, range(1, self.T + 1), x_T
         if steps in valid:
-            even = torch.linspace(self.T, 1, int(steps), dtype=torch.float64)
-            times = even.round().int().tolist()
+            u = torch.linspace(0, 1, int(steps), dtype=torch.float64)
+            passed = torch.maximum(torch.arange(len(u)), (self.T - 1) * u**1.5)  # steps = T: every t
+            times = (self.T - passed).round().int().tolist()
         falling = isinstance(times, list) and times == sorted({*times} & {*valid}, reverse=True)
         if not times or not falling or not 0 <= eta <= 1:
             raise ValueError(f"steps must be a whole number in 1..{self.T}, or a list of falling "
@@ -398,14 +400,15 @@ def cauchy_alphas(T: int) -> Tensor:
     with θ_t evenly spaced ("Improved Noise Schedule for Diffusion Training", arXiv 2407.03297).
     More than half of all λ_t lie within s of μ, where x_t is mostly noise and the picture takes
     shape; there the steps of λ_t are shortest (0.003 for T = 1000). The tails are heavy for the
-    ELBO's sake: the longest step, the first, is only 0.52 (T = 1000), and the noise at t = 1
+    ELBO's sake: the longest step, the first, is only 0.50 (T = 1000), and the noise at t = 1
     (standard deviation 0.002) is small beside a pixel's bin (0.008). For T ≥ 1000 λ goes from 12.4
-    to −7.5; a shorter chain has nearer ends and a wider s, so that no step is too long. μ and s
-    were tuned on images: for signals, try the other schedules first.
+    to −10, where no large picture shows its brightness; a shorter chain has nearer ends and a wider
+    s, so that no step is too long. μ and s were tuned on images: for signals, try the other
+    schedules first.
     """
     r = math.log(max(1, 1000 / T))
-    mu, s = -2.0, 1.1 * math.exp(r / 2)
-    ends = 12.4 - 2 * r, -7.5 + 0.75 * r
+    mu, s = -1.5, 1.1 * math.exp(r / 2)
+    ends = 12.4 - 2 * r, -10 + 1.15 * r
     first, last = (math.atan((log_snr - mu) / s) for log_snr in ends)
     alpha_bar = (mu + s * torch.linspace(first, last, T, dtype=torch.float64).tan()).sigmoid()
     return alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1.0)
