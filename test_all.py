@@ -1129,7 +1129,7 @@ class TestPromises(CommandTest):
     """What the README promises of a run, point by point after two tests of the training itself."""
 
     def test_defaults(self):
-        cpu = {"channels": 16, "batch_size": 40, "lr": 3e-3, "steps": 5600, "timesteps": 1000,
+        cpu = {"channels": 16, "batch_size": 40, "lr": 4e-3, "steps": 5600, "timesteps": 1000,
                "schedule": "cauchy", "fourier": [3, 5]}
         cuda = {**cpu, "channels": 64, "batch_size": 256, "lr": 1e-3, "steps": 4000}
         vae = {"channels": 16, "batch_size": 128, "lr": 4e-3, "steps": 4680, "decoder_std": 0.6}
