@@ -46,9 +46,9 @@ class DDPM(nn.Module):
 
     Images are float tensors (B, C, H, W) in [-1, 1]. A time t is an int, or (B,) integers, in 1..T.
     A Gaussian is the pair (mean, variance), where the variance is one number or (B, 1, …, 1).
-    `ddpm(x_0)` is the loss: call it so under a wrapper (torch.compile, DistributedDataParallel).
-    `state_dict()` holds the network alone. ValueError for impossible alphas, t, steps, η and k, for
-    an x that is no tensor of floats, and for a network's output of another shape.
+    `ddpm(x_0)` is the loss, also under a wrapper (torch.compile, DistributedDataParallel). In
+    `state_dict()` is the network alone. ValueError for values of alphas, t, steps, eta and k that
+    are out of range, an x that is no tensor of floats, and a network that changes its shape.
     """
 
     def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor],
@@ -235,8 +235,7 @@ class DDPM(nn.Module):
         gives better pictures (arXiv 2006.11239, section 3.4).
         """
         check_floats(x_0)
-        # t ~ Uniform{1, …, T} for every image, on the device: the host never sees it.
-        t = torch.randint(1, self.T + 1, x_0.shape[:1], device=x_0.device)
+        t = torch.randint(1, self.T + 1, x_0.shape[:1], device=x_0.device)  # t ~ Uniform[1, T]
         noise = torch.randn_like(x_0)       # ε ~ N(0, I)
         x_t = self.q_sample(x_0, t, noise)  # √ᾱ_t x_0 + √(1 − ᾱ_t) ε
         target = noise if self.predict == "noise" else x_0
@@ -252,9 +251,8 @@ class DDPM(nn.Module):
                 = (x_t − (1 − α_t) / √(1 − ᾱ_t) · ε̂_θ(x_t)) / √α_t  +  σ_q(t) z    (2.52)
 
         Both boxes "Inference of DDPM"; their first line, x_T ~ N(0, I), is the argument. With ε̂_θ
-        the step goes through x̂_θ, so that x̂_θ can be clipped. Yields (t, x_t), t = T − 1, …, 0.
-        To steer a chain, here and in DDIM, overwrite the yielded tensor in place, x_t.copy_(…): the
-        next step starts from it.
+        the step goes through x̂_θ, so that x̂_θ can be clipped. Yields (t, x_t), t = T − 1, …, 0. The
+        next step starts from the yielded tensor: x_t.copy_(…) steers a chain, here and in DDIM.
         """
         x_t = x_T
         for t in range(self.T, 0, -1):
@@ -311,9 +309,9 @@ class DDPM(nn.Module):
 
         η = 1 is DDPM with longer steps. Where s = t − 1, σ_t² is σ_q²(t), so steps = T gives
         `reverse_chain`. With η = 0 only x_T is random. ε̂_θ is the noise between the clipped x̂_θ
-        and x_t. `steps` is a list of falling times, of which the first is x_T's, or how many from T
-        to 1, denser near T, where long steps lose a picture's brightness. Yields (s, x_s) down to
-        s = 0; a mistake raises when the first pair is asked for.
+        and x_t. `steps` is a list of falling times, the first x_T's, or their number, from T to 1,
+        denser near T, where long steps lose a picture's brightness. Yields (s, x_s) down to s = 0,
+        or ValueError.
         """
         times, valid, x_t = steps, range(1, self.T + 1), x_T
         if steps in valid:
@@ -382,9 +380,8 @@ def cosine_alphas(T: int) -> Tensor:
     """α_1, …, α_T as a float64 (T,): ᾱ_t = f(t)/f(0) with f(t) = cos²(π/2 · (t/T + s)/(1 + s)).
 
     From "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), with its s = 0.008
-    and 1 − α_t ≤ 0.999. It destroys small images more evenly over t than the linear schedule,
-    whose last quarter is almost pure noise. x̂_θ multiplies an error of ε̂_θ by 1/√ᾱ_t, which is
-    20,291 at t = T = 1000: without clipping take `linear_alphas`, or all T steps.
+    and 1 − α_t ≤ 0.999. x̂_θ multiplies an error of ε̂_θ by 1/√ᾱ_t, which is 20,291 at t = T =
+    1000: without clipping take `linear_alphas`, or all T steps.
     """
     s = 0.008
     t = torch.arange(T + 1, dtype=torch.float64)
@@ -402,14 +399,12 @@ def cauchy_alphas(T: int) -> Tensor:
     shape; there the steps of λ_t are shortest (0.003 for T = 1000). The tails are heavy for the
     ELBO's sake: the longest step, the first, is only 0.50 (T = 1000), and the noise at t = 1
     (standard deviation 0.002) is small beside a pixel's bin (0.008). For T ≥ 1000 λ goes from 12.4
-    to −10, where no large picture shows its brightness; a shorter chain has nearer ends and a wider
-    s, so that no step is too long. μ and s were tuned on images: for signals, try the other
-    schedules first.
+    to −10; a shorter chain has nearer ends and a wider s, so that no step is too long. μ and s were
+    tuned on images: for signals, try the other schedules first.
     """
     r = math.log(max(1, 1000 / T))
     mu, s = -1.5, 1.1 * math.exp(r / 2)
-    ends = 12.4 - 2 * r, -10 + 1.15 * r
-    first, last = (math.atan((log_snr - mu) / s) for log_snr in ends)
+    first, last = (math.atan((end - mu) / s) for end in (12.4 - 2 * r, -10 + 1.15 * r))
     alpha_bar = (mu + s * torch.linspace(first, last, T, dtype=torch.float64).tan()).sigmoid()
     return alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1.0)
 
@@ -506,10 +501,9 @@ def section_2_1() -> Iterator[tuple]:
     yield "Thm 2.2   t = 100: √ᾱ_t | product of 100 transitions", scale, mean
     yield "          1 − ᾱ_t | variance of 100 transitions", at_once, variance
 
-    below = (ddpm.pi * parts.cdf(torch.zeros(2))).sum()
     yield "Ex. 2.2   t = 20: mean of (2.13) | of 100,000 simulated pixels", p_20.mean, x_t
     yield "          variance of (2.13) | of the pixels", p_20.variance, (x_t - p_20.mean)**2
-    yield "          share below 0 by (2.13) | of the pixels", below, x_t < 0
+    yield "          share below 0 by (2.13) | of the pixels", p_20.cdf(0 * ones()), x_t < 0
 
 
 def sections_2_2_and_2_3() -> Iterator[tuple]:
@@ -572,11 +566,10 @@ def section_2_4() -> Iterator[tuple]:
 
 def distance(chain: Iterator, other: Iterator) -> Tensor:
     """The largest difference of two chains from the same noise."""
-    states = []
-    for c in (chain, other):
-        torch.manual_seed(1)
-        states.append(torch.stack([x_t for _, x_t in c]))
-    return (states[0] - states[1]).abs().max()
+    torch.manual_seed(1)
+    states = [x_t for _, x_t in chain]
+    torch.manual_seed(1)
+    return torch.stack([x_t - y_t for x_t, (_, y_t) in zip(states, other)]).abs().max()
 
 
 def section_2_5() -> Iterator[tuple]:
@@ -625,8 +618,7 @@ def main():
     for section in EXAMPLES:
         for what, *sides in section():
             formula, computed = (torch.as_tensor(x, dtype=torch.float64).mean() for x in sides)
-            mark = "≠" if "as printed" in what else " "
-            print(f"{formula:12.5f}{computed:12.5f} {mark} {what}")
+            print(f"{formula:12.5f}{computed:12.5f} {'≠' if 'as printed' in what else ' '} {what}")
 
 
 if __name__ == "__main__":

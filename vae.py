@@ -401,8 +401,7 @@ def main():
     for section in EXAMPLES:
         for what, *sides in section():
             formula, computed = (torch.as_tensor(x, dtype=torch.float64).mean() for x in sides)
-            mark = "≠" if "as printed" in what else " "
-            print(f"{formula:12.5f}{computed:12.5f} {mark} {what}")
+            print(f"{formula:12.5f}{computed:12.5f} {'≠' if 'as printed' in what else ' '} {what}")
 
 
 if __name__ == "__main__":
