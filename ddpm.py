@@ -73,10 +73,10 @@ class DDPM(nn.Module):
         self.register_buffer("roots", torch.stack(
             [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()]).float(), persistent=False)
         if not 1e-50 < self.alpha_bar[-1] < 0.1 or alphas[0] < 0.4:
-            raise ValueError(f"the product of alphas is {self.alpha_bar[-1]:.2g}, and must be 1e-50 "
-                             "to 0.1 (else x_T is not white noise, or x_t is long before T); α_1 is "
-                             f"{alphas[0]:.2g}, and must be at least 0.4. Are these α_t, or rather "
-                             "1 − α_t or ᾱ_t?")
+            raise ValueError(f"the product of alphas is {self.alpha_bar[-1]:.2g} and must be 1e-50 "
+                             "to 0.1 (else x_T is not white noise, or x_t is long before T); α_1 "
+                             f"is {alphas[0]:.2g} and must be at least 0.4. Are these α_t, or "
+                             "rather 1 − α_t or ᾱ_t?")
 
     def at(self, t: int | Tensor, x: Tensor, *tables: Tensor) -> list[Tensor]:
         """The tables at t, in x's precision and on its device: () for an int, else (B, 1, …, 1)."""
@@ -251,8 +251,8 @@ class DDPM(nn.Module):
                 = (x_t − (1 − α_t) / √(1 − ᾱ_t) · ε̂_θ(x_t)) / √α_t  +  σ_q(t) z    (2.52)
 
         Both boxes "Inference of DDPM"; their first line, x_T ~ N(0, I), is the argument. With ε̂_θ
-        the step goes through x̂_θ, so that x̂_θ can be clipped. Yields (t, x_t), t = T − 1, …, 0. The
-        next step starts from the yielded tensor: x_t.copy_(…) steers a chain, here and in DDIM.
+        the step goes through x̂_θ, so that x̂_θ can be clipped. Yields (t, x_t), t = T − 1, …, 0.
+        The next step starts from the yielded tensor: x_t.copy_(…) steers the chain, as in DDIM.
         """
         x_t = x_T
         for t in range(self.T, 0, -1):
@@ -316,7 +316,7 @@ class DDPM(nn.Module):
         times, valid, x_t = steps, range(1, self.T + 1), x_T
         if steps in valid:
             u = torch.linspace(0, 1, int(steps), dtype=torch.float64)
-            passed = torch.maximum(torch.arange(len(u)), (self.T - 1) * u**1.5)  # steps = T: every t
+            passed = torch.maximum((self.T - 1) * u**1.5, torch.arange(len(u)))  # t by t at least
             times = (self.T - passed).round().int().tolist()
         falling = isinstance(times, list) and times == sorted({*times} & {*valid}, reverse=True)
         if not times or not falling or not 0 <= eta <= 1:
