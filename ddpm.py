@@ -37,7 +37,7 @@ class DDPM(nn.Module):
     Args:
         denoiser: called as denoiser(x_t, t) with integers t, (B,), in 1..T (an nn.Embedding of t
             needs T + 1 rows); returns x_t's shape.
-        alphas: α_1, …, α_T, T ≥ 2, between 0 and 1, whose product ᾱ_T is between 1e-50 and 0.1.
+        alphas: α_1, …, α_T, T ≥ 2, each below 1; α_1 ≥ 0.4, and their product ᾱ_T is 1e-50 to 0.1.
         predict: what the network outputs, the "noise" ε̂_θ(x_t) (§2.5) or "image" x̂_θ(x_t) (§2.4).
         clip: whether x̂_θ is clipped to [-1, 1], the range of images, as in the code of arXiv
             2006.11239. At large t the error of ε̂_θ is divided by a small √ᾱ_t, and one value out
@@ -46,9 +46,9 @@ class DDPM(nn.Module):
 
     Images are float tensors (B, C, H, W) in [-1, 1]. A time t is an int, or (B,) integers, in 1..T.
     A Gaussian is the pair (mean, variance), where the variance is one number or (B, 1, …, 1).
-    `ddpm(x_0)` is the loss, also under a wrapper (torch.compile, DistributedDataParallel). In
-    `state_dict()` is the network alone. ValueError for values of alphas, t, steps, eta and k that
-    are out of range, an x that is no tensor of floats, and a network that changes its shape.
+    `ddpm(x_0)` is the loss, also under a wrapper (torch.compile, DistributedDataParallel).
+    `state_dict()` holds the network alone. Raises ValueError for alphas, t, steps, eta or k out of
+    range, for an x that is no tensor of floats, and for a network that changes its shape.
     """
 
     def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor],
@@ -142,11 +142,11 @@ class DDPM(nn.Module):
         a term needs only one random state. Every expectation is estimated from one sample. With k,
         the sum over t is estimated, too, without bias, from k random t for each image.
         """
-        check_floats(x_0, torch.float32, torch.float64)  # even under autocast
+        check_floats(x_0, torch.float32, torch.float64)
         if not x_0.abs().max() <= 1:
             raise ValueError(f"x_0 must be pixels in [-1, 1], got {x_0.abs().max():.4g}")
         if k is not None and (k < 1 or k % 1):
-            raise ValueError(f"k must be a whole number from 1, got {k}")
+            raise ValueError(f"k must be a whole number of at least 1, got {k}")
 
         # The initial block. In Thm 2.7, (2.44), it is the term t = 1, which divides by σ_q²(1) = 0:
         # any pixel that x̂_θ does not hit exactly would be impossible. So p_θ(x_0 | x_1) has the
@@ -203,7 +203,7 @@ class DDPM(nn.Module):
 
         μ_θ is μ_q with x̂_θ(x_t) in place of x_0, which is unknown here (2.41). With ε̂_θ, and if
         nothing is clipped, it is (2.50): x_t / √α_t − (1 − α_t) / (√(1 − ᾱ_t) √α_t) · ε̂_θ(x_t).
-        `reverse_chain` takes any variance that a subclass returns; `elbo` and DDIM expect σ_q²(t).
+        `reverse_chain` takes any variance that a subclass returns; `elbo` and DDIM use σ_q²(t).
         """
         return self.q_posterior(x_t, self.predict_x0(x_t, t), t)
 
@@ -299,29 +299,30 @@ class DDPM(nn.Module):
                    eta: float = 1.0) -> Iterator[tuple[int, Tensor]]:
         """x_s = √ᾱ_s x̂_θ(x_t) + √(1 − ᾱ_s − σ_t²) ε̂_θ(x_t) + σ_t z,  z ~ N(0, I)    (2.59)
 
-        The predicted x_0, the direction pointing to x_t, and fresh noise; s < t is the next time.
-        (§2.6 prints α_t for ᾱ_t.) With σ_t² under the root every marginal q(x_s | x_0) stays the
-        same for any σ_t (Thm 2.9), so one trained network serves all. With √(1 − ᾱ_s), the paper's
-        first try, the variance is σ_t² too large. The paper leaves σ_t open. As in "Denoising
-        Diffusion Implicit Models" (arXiv 2010.02502) it is
+        The predicted x_0, a direction pointing to x_t, and fresh noise are added; s < t is the next
+        time. (§2.6 prints α_t for ᾱ_t.) With σ_t² under the root every marginal q(x_s | x_0) stays
+        the same for any σ_t (Thm 2.9), so one trained network serves all. With √(1 − ᾱ_s), the
+        paper's first try, the variance is σ_t² too large. The paper leaves σ_t open; this is that
+        of "Denoising Diffusion Implicit Models" (arXiv 2010.02502):
 
             σ_t² = η² (1 − ᾱ_s) (1 − ᾱ_t / ᾱ_s) / (1 − ᾱ_t),      0 ≤ η ≤ 1
 
-        η = 1 is DDPM with longer steps. Where s = t − 1, σ_t² is σ_q²(t), so steps = T gives
-        `reverse_chain`. With η = 0 only x_T is random. ε̂_θ is the noise between the clipped x̂_θ
-        and x_t. `steps` is a list of falling times, the first x_T's, or their number, from T to 1,
-        denser near T, where long steps lose a picture's brightness. Yields (s, x_s) down to s = 0,
-        or ValueError.
+        η = 1 is DDPM with longer steps; steps = T gives `reverse_chain`, since σ_t² is σ_q²(t)
+        where s = t − 1. ε̂_θ is the noise between the clipped x̂_θ and x_t. `steps` lists falling
+        times, x_T's first, or is their number: from T to 1, denser near T, where long steps lose a
+        picture's brightness. Yields (s, x_s), s = 0 last. A wrong argument raises ValueError at the
+        first item.
         """
-        times, valid, x_t = steps, range(1, self.T + 1), x_T
-        if steps in valid:
+        if steps in range(1, self.T + 1):
             u = torch.linspace(0, 1, int(steps), dtype=torch.float64)
             passed = torch.maximum((self.T - 1) * u**1.5, torch.arange(len(u)))  # t by t at least
-            times = (self.T - passed).round().int().tolist()
-        falling = isinstance(times, list) and times == sorted({*times} & {*valid}, reverse=True)
-        if not times or not falling or not 0 <= eta <= 1:
+            steps = (self.T - passed).round().int().tolist()
+        times = [int(t) for t in steps] if isinstance(steps, list) else []
+        falling = sorted({*times} & {*range(1, self.T + 1)}, reverse=True)
+        if not times or not times == steps == falling or not 0 <= eta <= 1:
             raise ValueError(f"steps must be a whole number in 1..{self.T}, or a list of falling "
                              f"ones, and eta in [0, 1], got {steps} and {eta}")
+        x_t = x_T
         for t, s in zip(times, times[1:] + [0]):
             x0_hat = self.predict_x0(x_t, t)
             noise_hat = self.noise_between(x0_hat, x_t, t)

@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None):
             write_png(args.strip, grid(rows, columns=len(film)))
         if args.latent_grid:
             write_png(args.latent_grid, grid(to_uint8(latent_grid(model, noise.device))))
-    except torch.OutOfMemoryError:
-        parser.error("out of memory: a smaller -n needs less")
+    except RuntimeError as error:  # out of memory
+        parser.error(f"{error}; a smaller -n needs less")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {', '.join(map(str, files.values()))}, from {args.checkpoint}")

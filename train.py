@@ -119,7 +119,7 @@ def gradient_steps(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Opti
         optimizer.param_groups[0]["lr"] = lr = config["lr"] * lr_share(step - 1, config["steps"])
         optimizer.step()
         average = get_ema_multi_avg_fn(ema_decay(step))  # ema ← d · ema + (1 − d) · weights
-        average(list(ema.parameters()), weights, 0)  # the 0 has no effect
+        average(list(ema.parameters()), weights, None)
         yield step, loss, lr
 
 
@@ -243,8 +243,8 @@ def check_finite(step: int, *values: Tensor):
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP in a list. A second
-    SIGINT, a person's, kills the process. The others are repeated by machines: one that came is
-    collected until the process ends."""
+    SIGINT, a person's, kills the process. Machines repeat SIGTERM and SIGHUP: once one has come, it
+    is collected to the end of the process."""
     signals, before, caught = [], {}, [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
@@ -500,7 +500,7 @@ def main(argv: list[str] | None = None):
         if RANKS > 1:
             nccl = device.type == "cuda" and distributed.is_nccl_available()  # not on Windows
             distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # a network too large is a RuntimeError
         parser.error(str(error))
     size = sum(parameter.numel() for parameter in model.parameters())
     say(f"{config['model']}: {size:,} parameters, {len(images):,} images of "

@@ -107,7 +107,8 @@ class UNet(nn.Module):
     CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters. (Its published weights do
     not fit: there a convolution of stride 2 pads the right and the lower edge alone.)
 
-    Raises ValueError for numbers out of range, and for an x_t of the wrong shape.
+    Raises ValueError for channels, blocks, multipliers or attention out of range, and for an x_t of
+    the wrong shape.
     """
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1, channels: int = 16,
@@ -117,7 +118,8 @@ class UNet(nn.Module):
         if channels < 4 or channels % 4:
             raise ValueError(f"channels must be a positive multiple of 4, got {channels}")
         if blocks < 1 or not multipliers or min(multipliers) < 1:
-            raise ValueError(f"blocks and multipliers must be from 1, got {blocks}, {multipliers}")
+            raise ValueError("blocks and multipliers must be at least 1, got "
+                             f"{blocks}, {multipliers}")
         if not set(attention) <= set(range(len(multipliers))) or bool in map(type, attention):
             raise ValueError(f"attention must be numbers of levels, 0 to {len(multipliers) - 1}, "
                              f"such as (2,), no flags; got {attention}")

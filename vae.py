@@ -249,7 +249,7 @@ def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
 # numbers, or tensors of draws, whose mean is printed. Rows "as printed" show an error of the print.
 # ELBOs and KLs are in nats.
 
-# From Ex. 1.3 on, x ~ N(μ, σ² I). x and z have one dimension: d in the paper and the rows, D below.
+# From Ex. 1.3 on, x ~ N(μ, σ² I). x and z have the same dimension, d in paper and rows, D below.
 D, MU, SIGMA = 64, 0.3, 0.5
 
 
