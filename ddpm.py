@@ -307,11 +307,10 @@ class DDPM(nn.Module):
 
             σ_t² = η² (1 − ᾱ_s) (1 − ᾱ_t / ᾱ_s) / (1 − ᾱ_t),      0 ≤ η ≤ 1
 
-        η = 1 is DDPM with longer steps; steps = T gives `reverse_chain`, since σ_t² is σ_q²(t)
-        where s = t − 1. ε̂_θ is the noise between the clipped x̂_θ and x_t. `steps` lists falling
-        times, x_T's first, or is their number: from T to 1, denser near T, where long steps lose a
-        picture's brightness. Yields (s, x_s), s = 0 last. A wrong argument raises ValueError at the
-        first item.
+        η = 1 is DDPM with longer steps, and with steps = T it is `reverse_chain`. ε̂_θ is the noise
+        between the clipped x̂_θ and x_t. `steps` lists falling times, x_T's first, or is their
+        number: from T to 1, denser near T, where long steps lose a picture's brightness. Yields (s,
+        x_s), s = 0 last. A wrong argument raises ValueError at the first item.
         """
         if steps in range(1, self.T + 1):
             u = torch.linspace(0, 1, int(steps), dtype=torch.float64)
