@@ -524,13 +524,16 @@ def unet_by_hand(unet, x, t, multipliers, blocks, attention):
 
     def conv(name, h, stride=1):
         return F.conv2d(h, *of[name], stride, len(of[name][0][0, 0]) // 2)
+
     def norm(name, h):
         groups = max(g for g in (1, 2, 4, 8, 16, 32) if h.shape[1] % (4 * g) == 0)
         return F.group_norm(h, groups, *of[name])
+
     def attend(name, h):
         q, k, v = conv(f"{name}.qkv", norm(f"{name}.norm", h)).flatten(2).chunk(3, dim=1)
         p = (q.mT @ k / len(k[0])**0.5).softmax(-1)  # of every position, over all others
         return h + conv(f"{name}.out", (v @ p.mT).view(h.shape))
+
     def block(name, h, attends):
         shortcut = conv(f"{name}.shortcut", h) if f"{name}.shortcut" in of else h
         h = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", h)))
@@ -1051,6 +1054,7 @@ class TestReadme(FileTest):
                 (r"at most (\w+) minutes", {300: "five"}[train.SAVE_EVERY]),
                 (r"H and W divisible by (\d+)", UNet().stride),
                 (r"for longer: --steps (\d+)", 2 * train.RECIPES["ddpm"]["steps"]),
+                (r"--lr 1e-3 --steps (\d+)", train.RECIPES["ddpm on CUDA"]["steps"]),
                 (r"Only (`--\w+`).*?, (`--\w+`), (`--\w+`), (`--\w+`) and (`--\w+`) may change",
                  *(f"`--{name}`" for name in train.CHANGEABLE))):
             found = list(re.finditer(pattern, text))
