@@ -69,7 +69,7 @@ class DDPM(nn.Module):
         self.alpha_bar_prev = F.pad(self.alpha_bar[:-1], (1, 0), value=1.0)  # ᾱ_{t−1}
         variance_q = (1 - self.alpha) * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
         self.variance_q = variance_q.nan_to_num()  # σ_q²(t), (2.32); at t = 0 it is 0 / 0
-        # √ᾱ_t and √(1 − ᾱ_t) once more, on the device, for `roots_at` (mps has no float64).
+        # √ᾱ_t and √(1 − ᾱ_t) once more, for `roots_at`, on the device, where mps has no float64.
         self.register_buffer("roots", torch.stack(
             [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()]).float(), persistent=False)
         if not 1e-50 < self.alpha_bar[-1] < 0.1 or alphas[0] < 0.4:
@@ -82,11 +82,11 @@ class DDPM(nn.Module):
         """The tables at t, in x's precision and on its device: () for an int, else (B, 1, …, 1)."""
         check_floats(x)
         t = torch.as_tensor(t, device="cpu")
-        wrong = t[(t < 1) | (t > self.T)].tolist()
+        wrong = t[(t < 1) | (t.double() > self.T)].tolist()  # bytes end at 255
         if t.is_floating_point() or t.shape not in ((), x.shape[:1]) or wrong:
             raise ValueError(f"t must be in 1..{self.T}, one integer or {len(x)}, got "
                              f"{wrong[0] if wrong else f'{t.dtype} {tuple(t.shape)}'}")
-        t = t.long()  # bytes would be a mask
+        t = t.long()  # and would be a mask
         if t.ndim == 0:  # new_full copies nothing to the device; a copy could make the host wait
             return [x.new_full((), table[t].item()) for table in tables]
         t = t.view(-1, *[1] * (x.ndim - 1))

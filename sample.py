@@ -21,7 +21,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without it
+# Torch works without NumPy; and a wrong file costs one line, ours.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy|Detected pickle|'torch.load' rec")
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser = Parser(prog="sample.py", description="Draw new images from a trained model.")
     add = parser.add_argument
     add("--checkpoint", type=Path, help="default: the newest checkpoint.pt under runs/")
-    add("-n", type=number(int, 1), default=64, help="how many images (default: 64)")
+    add("-n", type=number(int, 1, 2**31), default=64, help="how many images (default: 64)")
     add("--steps", type=number(int, 1), help="ddpm: fewer steps than T, by DDIM (default: all T)")
     add("--eta", type=number(float, 0, 1), help="ddpm: DDIM's eta: 0 for no noise after x_T, 1 for "
         "that of DDPM (default: 1)")
@@ -148,10 +149,9 @@ def main(argv: list[str] | None = None):
             write_png(args.strip, grid(rows, columns=len(film)))
         if args.latent_grid:
             write_png(args.latent_grid, grid(to_uint8(latent_grid(model, noise.device))))
-    except RuntimeError as error:  # out of memory
-        parser.error(f"{error}; a smaller -n needs less")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except (ValueError, OSError, RuntimeError) as error:
+        memory = "; a smaller -n needs less memory" if isinstance(error, RuntimeError) else ""
+        parser.error(f"{error}{memory}")
     print(f"wrote {', '.join(map(str, files.values()))}, from {args.checkpoint}")
 
 

@@ -56,7 +56,7 @@ RECIPES = {
     "vae": {"steps": 4680, "batch_size": 128, "lr": 4e-3,
             "latent_dim": 8, "decoder_std": 0.6, "channels": 16},
 }
-COUNT = number(int, 1)
+COUNT = number(int, 1, 2**31)
 OPTIONS = [  # name, values, meaning
     ("data", str, "folder of IDX files like data/mnist, the default; or .pt of uint8 (N, C, H, W)"),
     ("steps", COUNT, "gradient steps"),
@@ -454,9 +454,9 @@ def prepare(options: dict) -> tuple:
     checkpoint, state = out / "checkpoint.pt", None
     if options.pop("resume", False):
         state, _ = read_checkpoint(checkpoint)
-    elif checkpoint.exists():
-        raise ValueError(f"{checkpoint} exists: --resume goes on with that run, and --out with "
-                         "another folder starts a new one")
+    elif checkpoint.exists() or (out / "metrics.csv").exists():
+        raise ValueError(f"{out} has a run in it: --resume goes on with it, and --out with another "
+                         "folder starts a new one")
     saved = state and state["config"]
     device = pick_device({**COMMON, **(saved or {}), **options}["device"])
     config = configure(options, saved, device.type)
@@ -520,7 +520,7 @@ def main(argv: list[str] | None = None):
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()
-    folder = f'"{out.as_posix()}"' if " " in out.as_posix() else out.as_posix()  # for the shell
+    folder = re.sub(r".*[^\w./:-].*", r'"\g<0>"', out.as_posix())  # quoted for the shell
     if signum:
         launcher = f"torchrun --nproc_per_node={RANKS}" if RANKS > 1 else "python"
         say(f"stopped at step {step:,} of {config['steps']:,}; to go on: {launcher} train.py "

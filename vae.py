@@ -78,7 +78,7 @@ class VAE(nn.Module):
             the encoded z are then far from N(0, I). A large one does the opposite.
 
     Images are float tensors (B, C, H, W) in [-1, 1]. ValueError for an impossible decoder_std, for
-    an x that is no tensor of floats, and for networks whose outputs do not fit.
+    an x that is no tensor of floats, and for networks whose outputs have a wrong shape.
     """
 
     def __init__(self, encoder: Callable[[Tensor], Tensor], decoder: Callable[[Tensor], Tensor],
