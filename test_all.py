@@ -1207,7 +1207,7 @@ class TestPromises(CommandTest):
             self.assertMistake("train.py", self.options("vae", out=new), "16: .* divisible by 3")
         for script, arguments in (("sample.py", []), ("train.py", self.options("vae"))):
             errors = self.command(script, *arguments, status=2)
-            self.assertRegex(errors, rf"^{script}: error: .*runs?/.*\n$")
+            self.assertRegex(errors, rf"^{script}: error: .*runs?\b.*\n$")
         self.assertEqual(before, {path: path.read_bytes() for path in self.run_folder.iterdir()})
 
     def test_mistakes_with_data(self):

@@ -455,7 +455,7 @@ def prepare(options: dict) -> tuple:
     if options.pop("resume", False):
         state, _ = read_checkpoint(checkpoint)
     elif checkpoint.exists() or (out / "metrics.csv").exists():
-        raise ValueError(f"{out} has a run in it: --resume goes on with it, and --out with another "
+        raise ValueError(f"{out} holds a run: --resume goes on with it, and --out with another "
                          "folder starts a new one")
     saved = state and state["config"]
     device = pick_device({**COMMON, **(saved or {}), **options}["device"])
