@@ -1057,9 +1057,8 @@ class TestReadme(FileTest):
                 (r"--lr 1e-3 --steps (\d+)", train.RECIPES["ddpm on CUDA"]["steps"]),
                 (r"Only (`--\w+`).*?, (`--\w+`), (`--\w+`), (`--\w+`) and (`--\w+`) may change",
                  *(f"`--{name}`" for name in train.CHANGEABLE))):
-            found = list(re.finditer(pattern, text))
-            self.assertTrue(found, pattern)
-            for match in found:
+            self.assertRegex(text, pattern)
+            for match in re.finditer(pattern, text):
                 self.assertEqual(match.groups(), tuple(map(str, values)))
         results = re.findall(r"−([\d,]+)[ |nats,;(]+(\d+\.(\d+))", self.text)
         self.assertGreater(len(results), 5)
@@ -1267,8 +1266,10 @@ class TestPromises(CommandTest):
         processes = [self.start("train.py", *options) for _ in range(2)]
         ends = [(*process.communicate(timeout=60), process.returncode) for process in processes]
         (_, refusal, status), (_, _, other) = sorted(ends, key=lambda end: -end[2])
-        self.assertRegex(refusal, r"train.py: error: .*(File exists|checkpoint.pt exists)")
+        self.assertRegex(refusal, r"train.py: error: .*(File exists|holds a run)")
         self.assertEqual((status, other, sample.load(self.checkpoint)["step"]), (2, 0, 1))
+        self.checkpoint.unlink()  # the rows are a run's, too
+        self.assertMistake("train.py", options, "holds a run")
 
     # 2. At most five minutes are lost, whatever ends a run; and little ends it.
     def test_a_checkpoint_every_five_minutes(self):
