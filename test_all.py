@@ -281,8 +281,8 @@ class TestForward(Test):
                 self.assertRefuses("t must be in 1..10", method, x, t)
         self.assertRefuses(r"got 11\Z", ddpm.q_marginal, torch.zeros(99), torch.arange(3, 102))
         for dtype in (torch.uint8, torch.int32):  # an index of bytes would be a mask
-            t, long = torch.tensor([1, 5, 10]), DDPM(None, cosine_alphas(1000))  # 1000: no byte
-            self.assertClose(long.q_marginal(x, t.to(dtype))[1], long.q_marginal(x, t)[1])
+            t, marginal = torch.tensor([1, 5, 10]), DDPM(None, cosine_alphas(1000)).q_marginal
+            self.assertClose(marginal(x, (25 * t).to(dtype))[1], marginal(x, 25 * t)[1])
             ddpm.predict_noise(x, t.to(dtype))
             self.assertSame(seen.pop(), t)  # the network sees int64, as an nn.Embedding needs it
         for kind, wrong in NO_FLOATS:
