@@ -227,7 +227,7 @@ def batches(images: Tensor, config: dict, step: int,
 def average_over_ranks(tensors: list[Tensor]):
     """In place, and in one exchange; for one process there is nothing to do."""
     if RANKS > 1:
-        flat = torch.cat([x.flatten() for x in tensors]).div_(RANKS)
+        flat = EXCHANGED[len(tensors)] = torch.cat([x.flatten() for x in tensors]).div_(RANKS)
         distributed.all_reduce(flat)
         for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.copy_(part.view_as(x))
@@ -265,8 +265,8 @@ def caught_signals() -> Iterator[list[int]]:
                 signal.signal(signum, handler)
 
 
-# A global: up to torch 2.7 a tensor freed while the process group shuts down can deadlock it.
-SIGNAL = torch.zeros((), dtype=torch.long)
+# Globals: a tensor that gloo's own thread frees while the process ends can abort or deadlock it.
+SIGNAL, EXCHANGED = torch.zeros((), dtype=torch.long), {}
 
 
 def signal_of_any_rank(signals: list[int]) -> int:
