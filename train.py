@@ -45,7 +45,7 @@ from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph
 # The options of a run, where the command line says nothing else.
 COMMON = {"data": None, "epochs": None, "device": "auto", "precision": "auto", "seed": 0}
 RECIPES = {
-    # Two CPU cores take about 9 minutes.
+    # Two CPU cores take about 11 minutes.
     "ddpm": {"steps": 5600, "batch_size": 40, "lr": 4e-3,
              "timesteps": 1000, "schedule": "cauchy", "predict": "noise",  # the chain
              "channels": 16, "multipliers": [1, 2, 4], "blocks": 1,        # its network
