@@ -197,9 +197,8 @@ def lr_share(step: int, total: int) -> float:
 
 
 def ema_decay(step: int) -> float:
-    """The moving average, less noisy than the weights, is what samples are drawn with (as in arXiv
-    2006.11239). Until step 100,000 it spans about the last tenth of the run, so that the random
-    start is soon forgotten."""
+    """Samples are drawn with the moving average (as in arXiv 2006.11239). Until step 100,000 it
+    spans about the last tenth of the run, so that the random start is soon forgotten."""
     return min(EMA_DECAY, step / (step + 10))
 
 
@@ -243,8 +242,7 @@ def check_finite(step: int, *values: Tensor):
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP in a list. A second
-    SIGINT, a person's, kills the process. Machines repeat SIGTERM and SIGHUP: once one has come, it
-    is collected to the end of the process."""
+    SIGINT, a person's, kills the process. Machines repeat the others, caught to the end."""
     signals, before, caught = [], {}, [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
@@ -454,6 +452,8 @@ def prepare(options: dict) -> tuple:
     checkpoint, state = out / "checkpoint.pt", None
     if options.pop("resume", False):
         state, _ = read_checkpoint(checkpoint)
+        if "optimizer" not in state:
+            raise ValueError(f"{checkpoint}: weights alone, to sample with; no run to go on with")
     elif checkpoint.exists() or (out / "metrics.csv").exists():
         raise ValueError(f"{out} holds a run: --resume goes on with it, and --out with another "
                          "folder starts a new one")
