@@ -86,7 +86,7 @@ class DDPM(nn.Module):
         if t.is_floating_point() or t.shape not in ((), x.shape[:1]) or wrong:
             raise ValueError(f"t must be in 1..{self.T}, one integer or {len(x)}, got "
                              f"{wrong[0] if wrong else f'{t.dtype} {tuple(t.shape)}'}")
-        t = t.long()  # and would be a mask
+        t = t.long()  # bytes would be a mask
         if t.ndim == 0:  # new_full copies nothing to the device; a copy could make the host wait
             return [x.new_full((), table[t].item()) for table in tables]
         t = t.view(-1, *[1] * (x.ndim - 1))
@@ -309,8 +309,8 @@ class DDPM(nn.Module):
 
         η = 1 is DDPM with longer steps, and with steps = T it is `reverse_chain`. ε̂_θ is the noise
         between the clipped x̂_θ and x_t. `steps` lists falling times, x_T's first, or is their
-        number: from T to 1, denser near T, where long steps lose a picture's brightness. Yields (s,
-        x_s), s = 0 last. A wrong argument raises ValueError at the first item.
+        number: from T to 1, denser near T, where long steps lose a picture's brightness.
+        Yields (s, x_s), s = 0 last. A wrong argument raises ValueError at the first item.
         """
         if steps in range(1, self.T + 1):
             u = torch.linspace(0, 1, int(steps), dtype=torch.float64)
