@@ -605,7 +605,6 @@ class TestUNet(Test):
         torch.set_default_dtype(torch.bfloat16)
         self.assertSame(network.time_embedding(t, 32), embedding)
 
-
     def test_fourier_features(self):
         # The imaginary and the real part of e^(i 2ⁿ π x), of all channels.
         for shape in ((2, 3, 4), (2, 3, 4, 5)):
@@ -1098,9 +1097,10 @@ class TestReadme(FileTest):
 
 class TestPromises(CommandTest):
     def test_defaults(self):
-        cpu = {"channels": 16, "batch_size": 40, "lr": 4e-3, "steps": 5600, "timesteps": 1000,
-               "schedule": "cauchy", "fourier": [3, 5]}
-        cuda = {**cpu, "channels": 64, "batch_size": 256, "lr": 1e-3, "steps": 4000}
+        cpu = {"channels": 16, "batch_size": 40, "lr": 4e-3, "steps": 6800, "timesteps": 1000,
+               "multipliers": [1, 1, 4], "schedule": "cauchy", "fourier": [3, 5]}
+        cuda = {**cpu, "steps": 4000, "batch_size": 256, "lr": 1e-3,
+                "channels": 64, "multipliers": [1, 2, 4]}
         vae = {"channels": 16, "batch_size": 128, "lr": 4e-3, "steps": 4680, "decoder_std": 0.6}
         for model, device, expected in (("ddpm", "cpu", cpu), ("ddpm", "mps", cpu),
                                         ("ddpm", "cuda", cuda), ("vae", "cuda", vae)):
@@ -1117,8 +1117,8 @@ class TestPromises(CommandTest):
         self.assertEqual(train.ema_decay(10**6), 0.9999)
         text = " ".join(self.command("train.py", "--help").split())
         for words in ("together (default: 40 for ddpm, 256 for ddpm on CUDA, 128 for vae)",
-                      "of every random number (default: 0)", "(default: 8 for vae)",
-                      "(default: 1 2 4 for ddpm)", "(default: none for ddpm)"):
+                      "number (default: 0)", "(default: 8 for vae)", "(default: none for ddpm)",
+                      "(default: 1 1 4 for ddpm, 1 2 4 for ddpm on CUDA)"):
             self.assertIn(words, text)
 
     def test_a_run_by_hand(self):

@@ -3,7 +3,7 @@
 
 The tutorial leaves it open: anything that maps a noisy image x_t and its time t to an image of the
 same shape will do. `UNet` is the network of "Denoising Diffusion Probabilistic Models"
-(arXiv 2006.11239), drawn for multipliers = (1, 2, 4):
+(arXiv 2006.11239), drawn for three levels:
 
     x_t ─ stem ─ level 0 ──────────── skips ───────────── level 0 ─ head ─ output    H   × W
                     └ ½ ─ level 1 ─── skips ─── level 1 ─ ×2 ┘                       H/2 × W/2
@@ -112,7 +112,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1, channels: int = 16,
-                 multipliers: Sequence[int] = (1, 2, 4), blocks: int = 1,
+                 multipliers: Sequence[int] = (1, 1, 4), blocks: int = 1,
                  attention: Sequence[int] = (), dropout: float = 0.0):
         super().__init__()
         if channels < 4 or channels % 4:
