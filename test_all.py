@@ -1117,8 +1117,8 @@ class TestPromises(CommandTest):
         self.assertEqual(train.ema_decay(10**6), 0.9999)
         text = " ".join(self.command("train.py", "--help").split())
         for words in ("together (default: 40 for ddpm, 256 for ddpm on CUDA, 128 for vae)",
-                      "number (default: 0)", "(default: 8 for vae)", "(default: none for ddpm)",
-                      "(default: 1 1 4 for ddpm, 1 2 4 for ddpm on CUDA)"):
+                      "of every random number (default: 0)", "(default: none for ddpm)",
+                      "(default: 8 for vae)", "(default: 1 1 4 for ddpm, 1 2 4 for ddpm on CUDA)"):
             self.assertIn(words, text)
 
     def test_a_run_by_hand(self):
@@ -1205,7 +1205,7 @@ class TestPromises(CommandTest):
             self.assertMistake("train.py", self.options("vae", out=new), "16: .* divisible by 3")
         for script, arguments in (("sample.py", []), ("train.py", self.options("vae"))):
             errors = self.command(script, *arguments, status=2)
-            self.assertRegex(errors, rf"^{script}: error: .*runs?\b.*\n$")
+            self.assertRegex(errors, rf"^{script}: error: .*(runs/ here|/run holds).*\n$")
         self.assertEqual(before, {path: path.read_bytes() for path in self.run_folder.iterdir()})
 
     def test_mistakes_with_data(self):
