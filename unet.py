@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The network of section 2: x̂_θ(x_t) in §2.4, ε̂_θ(x_t) in §2.5 (arXiv 2403.18103, version 3).
+"""The denoiser of section 2: x̂_θ(x_t) in §2.4, ε̂_θ(x_t) in §2.5 (arXiv 2403.18103, version 3).
 
 The tutorial leaves it open: anything that maps a noisy image x_t and its time t to an image of the
 same shape will do. `UNet` is the network of "Denoising Diffusion Probabilistic Models"
-(arXiv 2006.11239), drawn for three levels:
+(arXiv 2006.11239), drawn here with three levels:
 
     x_t ─ stem ─ level 0 ──────────── skips ───────────── level 0 ─ head ─ output    H   × W
                     └ ½ ─ level 1 ─── skips ─── level 1 ─ ×2 ┘                       H/2 × W/2
@@ -11,11 +11,11 @@ same shape will do. `UNet` is the network of "Denoising Diffusion Probabilistic 
                                       └── middle ──┘
 
 Every level has `blocks` residual blocks on the way down and `blocks` + 1 on the way up. Each block
-on the way up also reads one output of the way down (a skip). Every block receives the time t. The
-first of the two middle blocks, and the levels named in `attention`, have self-attention over the
-whole image.
+on the way up also takes one output from the way down (a skip connection). Every block receives t,
+because one network removes the noise of every t. The first middle block and the levels listed in
+`attention` have self-attention over the whole image.
 
-This repository adds `Fourier` features of the input.
+`Fourier`, below, is this repository's addition: Fourier features of the input.
 """
 import math
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 def time_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of t: (B,) -> (B, dim), dim even and at least 4.
 
-    Half sines, half cosines, with wavelengths growing geometrically from 2π to 10,000 · 2π: long
-    ones place t roughly within 1..T, short ones tell neighbouring t apart ("Attention Is All You
-    Need", arXiv 1706.03762).
+    Half sines, half cosines, with wavelengths growing geometrically from 2π to 10,000 · 2π: the
+    long ones locate t roughly in 1..T, the short ones tell neighbouring t apart ("Attention Is All
+    You Need", arXiv 1706.03762).
     """
     exponent = torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2 - 1)
     angle = t[:, None] * torch.exp(-math.log(10_000) * exponent)
@@ -38,14 +38,14 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as in arXiv 2006.11239, or fewer (16, 8, …), so that each has a multiple of 4
+    """32 groups as in arXiv 2006.11239, or fewer (16, 8, …), so that each group has a multiple of 4
     channels."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """Zero weights and bias. For the last layer of a residual branch: a fresh block is its
-    shortcut. For the head: a fresh network's output is 0."""
+    """Sets weights and bias to zero: in the last layer of a residual branch, so that a new block
+    equals its shortcut; in the head, so that a new network outputs 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Conv2d(c, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        # (B, H·W, 3c), its last dimension contiguous: torch's fused kernels ask for that.
+        # (B, H·W, 3c), contiguous in the last dimension, as torch's fused kernels require.
         tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
         q, k, v = tokens[:, None].chunk(3, dim=-1)  # one head: (B, 1, H·W, c) each
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]        # (B, H·W, c)
@@ -84,28 +84,28 @@ class ResidualBlock(nn.Module):
         self.attention = Attention(c_out) if attend else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        # The time shifts each of the c_out channels by one number, the same at every position.
+        # t shifts each of the c_out channels by one number, the same at every position.
         h = self.conv1(F.silu(self.norm1(x))) + self.shift(F.silu(time))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, c_out, H, W)
         return self.attention(self.shortcut(x) + h)
 
 
 class UNet(nn.Module):
-    """x_t (B, in_channels, H, W) and t, (B,) or (), -> (B, out_channels, H, W).
+    """Maps x_t, (B, in_channels, H, W), and t, (B,) or (), to (B, out_channels, H, W).
 
     H and W must be divisible by 2^(levels − 1), where levels = len(multipliers).
 
     Args:
         channels: width of the stem, a multiple of 4.
         multipliers: level i is channels · multipliers[i] wide and has 1/2^i of the resolution.
-        blocks: residual blocks a level on the way down (one more on the way up).
-        attention: the numbers of the levels whose blocks end in self-attention, at a cost of
-            (H·W)², besides the middle's first block.
+        blocks: residual blocks per level on the way down (one more on the way up).
+        attention: indices of the levels whose blocks end in self-attention (cost: quadratic in
+            H·W), in addition to the first middle block.
         dropout: probability inside the residual blocks.
 
     UNet(3, 3, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), dropout=0.1) is the
-    CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters. (Its published weights do
-    not fit: there a convolution of stride 2 pads the right and the lower edge alone.)
+    CIFAR-10 network of arXiv 2006.11239, with its 35,746,307 parameters. (The published
+    weights are not compatible: their stride-2 convolutions pad only the right and lower edges.)
 
     Raises ValueError for channels, blocks, multipliers or attention out of range, and for an x_t of
     the wrong shape.
@@ -118,11 +118,11 @@ class UNet(nn.Module):
         if channels < 4 or channels % 4:
             raise ValueError(f"channels must be a positive multiple of 4, got {channels}")
         if blocks < 1 or not multipliers or min(multipliers) < 1:
-            raise ValueError("blocks and multipliers must be at least 1, got "
+            raise ValueError("blocks and every multiplier must be at least 1, got "
                              f"{blocks}, {multipliers}")
         if not set(attention) <= set(range(len(multipliers))) or bool in map(type, attention):
-            raise ValueError(f"attention must be numbers of levels, 0 to {len(multipliers) - 1}, "
-                             f"such as (2,), no flags; got {attention}")
+            raise ValueError(f"attention must list levels from 0 to {len(multipliers) - 1}, e.g. "
+                             f"(2,), not booleans; got {attention}")
         self.channels, self.stride = channels, 2 ** (len(multipliers) - 1)
 
         c_time = 4 * channels
@@ -134,9 +134,9 @@ class UNet(nn.Module):
 
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         levels = [(channels * m, level in attention) for level, m in enumerate(multipliers)]
-        # c is the number of channels that the layers so far put out. `skips` has that of every
-        # output on the way down, since each is read once more on the way up, the last one first.
-        skips = [c := channels]
+        # c is the number of output channels so far. `skips` keeps it for every output on the way
+        # down: the way up reads these outputs again, last one first.
+        c, skips = channels, [channels]
         self.down = nn.ModuleList()
         for level, (width, attend) in enumerate(levels):
             if level > 0:  # to half the resolution
@@ -144,13 +144,14 @@ class UNet(nn.Module):
                 skips.append(c)
             for _ in range(blocks):
                 self.down.append(block(c, width, attend))
-                skips.append(c := width)
+                c = width
+                skips.append(c)
 
         self.middle = nn.ModuleList([block(c, c, True), block(c, c, False)])
 
         self.up = nn.ModuleList()
         for level, (width, attend) in reversed(list(enumerate(levels))):
-            for _ in range(blocks + 1):  # one more, for what came before the level's first block
+            for _ in range(blocks + 1):  # + 1 for the level's own input (stem or stride 2)
                 self.up.append(block(c + skips.pop(), width, attend))
                 c = width
             if level > 0:  # to twice the resolution
@@ -166,14 +167,15 @@ class UNet(nn.Module):
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"H and W must be divisible by {self.stride}, got {x.shape[2]} and "
                              f"{x.shape[3]}")
-        # (B, channels), then (B, 4 · channels). An exporter would take len(x) for a constant.
+        # (B, channels), then (B, 4 · channels). (An exporter would turn len(x) into a constant.)
         time = time_embedding(t.expand(x.shape[0]), self.channels)
         time = self.time(time.to(x.dtype))
 
         # After a block of level i, h is (B, channels · multipliers[i], H/2^i, W/2^i). Going down
-        # loses detail. So every output is kept, and a block on the way up reads it beside h, which
-        # knows the whole image by way of the coarser levels.
-        skips = [h := self.stem(x)]                             # (B, channels, H, W)
+        # loses detail, so every output is kept: a block on the way up reads it together with h,
+        # which carries the whole image's context from the coarser levels.
+        h = self.stem(x)                                        # (B, channels, H, W)
+        skips = [h]
         for layer in self.down:
             h = layer(h, time) if isinstance(layer, ResidualBlock) else layer(h)
             skips.append(h)
@@ -187,16 +189,17 @@ class UNet(nn.Module):
         return self.head(h)                                     # (B, out_channels, H, W)
 
 
-# -------------------------------------------------- what this repository adds
+# -------------------------------------------------- not in arXiv 2006.11239: Fourier features
 
 
 class Fourier(nn.Module):
-    """A network that sees x_t, (B, C, …), beside its Fourier features sin(2ⁿπx_t) and cos(2ⁿπx_t)
-    for N exponents n: (1 + 2N) C input channels.
+    """Feeds a network x_t, (B, C, …), and its Fourier features sin(2ⁿπx_t) and cos(2ⁿπx_t) for N
+    exponents n: (1 + 2N) C input channels.
 
-    At t = 1 of `cauchy_alphas` the noise has standard deviation 0.002, less than bfloat16 can
-    resolve near ±1 (steps of 0.004). The features, computed in x_t's own precision, change 2ⁿπ
-    times as fast as x_t: 100 times for n = 5 ("Variational Diffusion Models", arXiv 2107.00630).
+    At t = 1 of `cauchy_alphas` the noise has standard deviation 0.002, too small for bfloat16 near
+    ±1, whose values are 0.004 apart. The features are computed in x_t's own precision and change
+    2ⁿπ times as fast as x_t, for n = 5 100 times ("Variational Diffusion Models", arXiv
+    2107.00630).
     """
 
     def __init__(self, network: nn.Module, exponents: Sequence[int]):
