@@ -1,11 +1,10 @@
 """Draw new images from a trained model: `python sample.py` after `python train.py --model …`.
 
-Numbers are those of version 3, January 2025, of the tutorial (arXiv 2403.18103). VAE (§1.3,
-Fig. 1.7): decode z ~ N(0, I). DDPM (§2.4, "Inference of DDPM", and §2.5, "… using ε̂_θ"): run the
-reverse chain from x_T ~ N(0, I) to x_0, through all T steps or, with --steps, through a few of
-DDIM's (§2.6).
+Numbers refer to version 3 (January 2025) of the tutorial, arXiv 2403.18103. VAE (§1.3, Fig. 1.7):
+decode z ~ N(0, I). DDPM (§2.4, "Inference of DDPM"; §2.5, "… using ε̂_θ"): run the reverse chain
+from x_T ~ N(0, I) to x_0, in all T steps or, with --steps, in fewer, by DDIM (§2.6).
 
-The second half serves train.py, too: models and checkpoints, devices, pictures, command lines.
+The second half is shared with train.py: models and checkpoints, devices, pictures, command lines.
 """
 import argparse
 import contextlib
@@ -21,7 +20,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-# Torch works without NumPy; and a wrong file costs one line, ours.
+# torch works without NumPy; and for a bad file our own one-line error is enough.
 warnings.filterwarnings("ignore", "Failed to initialize NumPy|Detected pickle|'torch.load' rec")
 
 import torch
@@ -33,101 +32,104 @@ from ddpm import DDPM, cauchy_alphas, cosine_alphas, linear_alphas
 from unet import Fourier, UNet
 from vae import VAE, conv_networks
 
-BATCH = 256  # images that the network draws at a time
-STRIP_FRAMES, STRIP_IMAGES = 11, 4  # columns of the film strip, and images, two rows each
+BATCH = 256  # images per batch
+STRIP_FRAMES, STRIP_IMAGES = 11, 4  # film strip: columns, and images (two rows each)
 LATENT_SIDE = 11  # images along each side of the latent grid
-FORMAT = 6  # of checkpoints
+FORMAT = 6  # version of the checkpoint format
 
 
 @torch.no_grad()
-def draw(model: nn.Module, noise: Tensor, steps: int | None, eta: float,
-         frames: int) -> tuple[Tensor, list[Tensor]]:
-    """Decode z, or run the chain from x_T: uint8 images (n, C, H, W), and at most `frames` pairs
-    x_t, x̂_θ(x_t) of the first few on their way, each (STRIP_IMAGES, 2, C, H, W)."""
-    images, film, model, T = [], [], recorded(model), getattr(model, "T", 1)
-    keep = torch.linspace(0, steps or T, frames).round().tolist()
-    total = (steps or T) * math.ceil(len(noise) / BATCH)
-    with tqdm(total=total, unit="step", desc="sampling") as bar:
+def draw(model: nn.Module, noise: Tensor, steps: int | None,
+         eta: float) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    """Decode z, or run the chain from x_T. Returns all images, uint8 (n, C, H, W), and of a DDPM a
+    film of the first STRIP_IMAGES: up to STRIP_FRAMES pairs (t, x_t) on the way from x_T to x_0."""
+    # A VAE needs one pass of the decoder: x̂ = f_θ(z).
+    if isinstance(model, VAE):
+        return torch.cat([to_uint8(model.sample(z)) for z in noise.split(BATCH)]), []
+
+    # Of a chain's states, x_T included, the film keeps some that are evenly spaced.
+    images, film, length = [], [], steps or model.T
+    keep = torch.linspace(0, length, STRIP_FRAMES).round().tolist()
+    with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
         for x_T in noise.split(BATCH):
-            chain = ([(0, model.sample(x_T))] if isinstance(model, VAE)
-                     else model.chain(x_T, steps, eta))
-            for i, (t, x_t) in enumerate(itertools.chain([(T, x_T)], chain)):
+            # The boxes "Inference of DDPM": x_T ~ N(0, I), then x_{t−1} from x_t, down to x_0.
+            chain = model.chain(x_T, steps, eta)
+            for i, (t, x_t) in enumerate(itertools.chain([(model.T, x_T)], chain)):
                 bar.update(i > 0)
-                if i in keep and not images:  # of the first batch
-                    x = x_t[:STRIP_IMAGES]
-                    film.append(to_uint8(torch.stack([x, model.predict_x0(x, t) if t else x], 1)))
-            images.append(to_uint8(x_t))
+                if i in keep and not images:  # first batch only
+                    film.append((t, x_t[:STRIP_IMAGES]))
+            images.append(to_uint8(x_t))  # the last x_t is x_0
     return torch.cat(images), film
 
 
-def recorded(model: nn.Module) -> nn.Module:
-    """The same model to draw from; on CUDA a DDPM's network is one launch. (A VAE draws once.)"""
-    if isinstance(model, VAE):
-        return model
-    return DDPM(cuda_graph(model.denoiser), model.alpha[1:], model.predict, model.clip)
+@torch.no_grad()
+def film_strip(model: DDPM, film: list[tuple[int, Tensor]]) -> Tensor:
+    """A picture with two rows for each image: x_t, and below it x̂_θ(x_t)."""
+    pairs = [torch.stack([x_t, model.predict_x0(x_t, t) if t else x_t], 1) for t, x_t in film]
+    return grid(to_uint8(torch.stack(pairs, dim=2).flatten(0, 2)), columns=len(film))
 
 
 def latent_grid(model: VAE, device: torch.device) -> Tensor:
-    """f_θ(z) for equally spaced quantiles z_1, to the right, and z_2, upwards, of N(0, 1)."""
+    """f_θ(z) on a grid of equally spaced quantiles of N(0, 1): z_1 to the right, z_2 upwards."""
     z = torch.special.ndtri((torch.arange(LATENT_SIDE) + 0.5) / LATENT_SIDE).to(device)
-    return model.sample(torch.cartesian_prod(-z, z).flip(1))
+    return grid(to_uint8(model.sample(torch.cartesian_prod(-z, z).flip(1))))
 
 
-# ------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------- command line
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = Parser(prog="sample.py", description="Draw new images from a trained model.")
     add = parser.add_argument
     add("--checkpoint", type=Path, help="default: the newest checkpoint.pt under runs/")
-    add("-n", type=number(int, 1, 2**31), default=64, help="how many images (default: 64)")
-    add("--steps", type=number(int, 1), help="ddpm: fewer steps than T, by DDIM (default: all T)")
-    add("--eta", type=number(float, 0, 1), help="ddpm: DDIM's eta: 0 for no noise after x_T, 1 for "
-        "that of DDPM (default: 1)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all noise (default: 0)")
+    add("-n", type=number(int, 1, 2**31), default=64, help="number of images (default: 64)")
+    add("--steps", type=number(int, 1), help="ddpm: number of steps, by DDIM (default: all T)")
+    add("--eta", type=number(float, 0, 1), help="ddpm: DDIM's eta, from 0 (deterministic) to 1 (as "
+        "much noise as DDPM) (default: 1)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="auto: bf16 on hardware that has it (CPU: torch 2.11) (default: auto)")
-    add("--out", type=Path, help="a .png for a grid, or a .pt for the uint8 tensor (n, C, H, W) "
-        "(default: samples.png beside the checkpoint)")
-    add("--strip", type=Path, metavar="FILE.png", help=f"ddpm: also a film strip of the first "
-        f"{STRIP_IMAGES}, from x_T to x_0, with the network's idea of x_0 under each x_t")
+        help="auto: bf16 if the hardware has it (CPU: torch 2.11+) (default: auto)")
+    add("--out", type=Path, help=".png (a grid) or .pt (the uint8 tensor (n, C, H, W)); default: "
+        "samples.png next to the checkpoint")
+    add("--strip", type=Path, metavar="FILE.png", help="ddpm: also write a film strip of the "
+        f"first {STRIP_IMAGES}, from x_T to x_0, with the predicted x_0 below each x_t")
     add("--latent-grid", type=Path, metavar="FILE.png",
-        help="vae with --latent-dim 2: also the decoder's output for a grid of z")
+        help="vae trained with --latent-dim 2: also decode a grid of z")
     return parser, parser.parse_args(argv)
 
 
 def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path]]:
-    """The trained model, z or x_T, and the files to write. Refuses by ValueError or OSError."""
+    """The trained model, z or x_T, and the files to write. Raises ValueError or OSError."""
     args.checkpoint = args.checkpoint or max(
         Path("runs").rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime, default=None)
     if args.checkpoint is None:
-        raise ValueError("no checkpoint.pt under runs/ here: train first, with python train.py "
-                         "--model ddpm, or name a file with --checkpoint")
+        raise ValueError("no checkpoint.pt under runs/: train first (python train.py --model ddpm) "
+                         "or name a file with --checkpoint")
     args.out = args.out or args.checkpoint.with_name("samples.png")
     files = {f"--{name.replace('_', '-')}": getattr(args, name)
              for name in ("out", "strip", "latent_grid") if getattr(args, name)}
     for option, path in files.items():
         suffixes = (".png", ".pt") if option == "--out" else (".png",)
         if path.suffix.lower() not in suffixes or not path.parent.is_dir():
-            raise ValueError(f"{option} {path}: must end in {' or '.join(suffixes)}, in a folder "
-                             "that exists")
+            raise ValueError(f"{option} {path}: must end in {' or '.join(suffixes)} and be in an "
+                             "existing folder")
         if (path.is_dir() or path.name == "checkpoint.pt"
                 or path.resolve() == args.checkpoint.resolve()):
-            raise ValueError(f"{option} {path}: a folder or a checkpoint is not overwritten")
+            raise ValueError(f"{option} {path}: refusing to overwrite a folder or a checkpoint")
     if len({path.resolve() for path in files.values()}) < len(files):
         raise ValueError(f"{', '.join(files)}: each needs a file of its own")
     state, model = read_checkpoint(args.checkpoint)
     config = state["config"]
     for option in ["steps", "eta", "strip"] if config["model"] == "vae" else ["latent_grid"]:
         if getattr(args, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} does not go with {args.checkpoint}, "
+            raise ValueError(f"--{option.replace('_', '-')} cannot be used with {args.checkpoint}, "
                              f"a {config['model']}")
     if args.steps and args.steps > model.T:
-        raise ValueError(f"--steps {args.steps}: this chain has only {model.T}")
+        raise ValueError(f"--steps {args.steps}: this chain has only {model.T} steps")
     if args.latent_grid and config["latent_dim"] != 2:
-        raise ValueError(f"--latent-grid: the z of {args.checkpoint} has {config['latent_dim']} "
-                         "numbers, and a grid needs 2: train with --latent-dim 2")
+        raise ValueError(f"--latent-grid: z has {config['latent_dim']} dimensions in "
+                         f"{args.checkpoint}, but the grid needs 2: train with --latent-dim 2")
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     return model.to(device), draw_noise(config, args.n).to(device), files
@@ -138,17 +140,15 @@ def main(argv: list[str] | None = None):
     try:
         model, noise, files = prepare(args)
         with autocast(noise.device, args.precision):
-            images, film = draw(model, noise, args.steps, 1.0 if args.eta is None else args.eta,
-                                STRIP_FRAMES if args.strip else 0)
-        if args.out.suffix.lower() == ".pt":
-            save(args.out, images)
-        else:
-            write_png(args.out, grid(images))
-        if args.strip:
-            rows = torch.stack(film, dim=2).flatten(0, 2)
-            write_png(args.strip, grid(rows, columns=len(film)))
-        if args.latent_grid:
-            write_png(args.latent_grid, grid(to_uint8(latent_grid(model, noise.device))))
+            images, film = draw(model, noise, args.steps, 1.0 if args.eta is None else args.eta)
+            if args.out.suffix.lower() == ".pt":
+                save(args.out, images)
+            else:
+                write_png(args.out, grid(images))
+            if args.strip:
+                write_png(args.strip, film_strip(model, film))
+            if args.latent_grid:
+                write_png(args.latent_grid, latent_grid(model, noise.device))
     except (ValueError, OSError, RuntimeError) as error:
         memory = "; a smaller -n needs less memory" if isinstance(error, RuntimeError) else ""
         parser.error(f"{error}{memory}")
@@ -175,24 +175,24 @@ def build_model(config: dict) -> nn.Module:
 
 
 def draw_noise(config: dict, n: int) -> Tensor:
-    """z or x_T ~ N(0, I), (n, d) or (n, C, H, W): on the CPU, so the same on all devices."""
+    """z or x_T ~ N(0, I), (n, d) or (n, C, H, W): made on the CPU, so the same on every device."""
     return torch.randn(n, *([config["latent_dim"]] if config["model"] == "vae" else
                             config["image_shape"]))
 
 
 def load(path: Path):
-    """What torch.save wrote to this file; code in it does not run. OSError or ValueError."""
+    """Loads what torch.save wrote, running no code in it. Raises OSError or ValueError."""
     with open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes raise almost anything
+        except Exception as error:  # damaged files raise almost any exception
             reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0]
-            raise ValueError(f"{path}: not a file of torch.save, a damaged one, or one with more "
-                             f"than tensors and numbers in it (torch says: {reason})") from error
+            raise ValueError(f"{path}: not written by torch.save, or damaged, or with more in it "
+                             f"than tensors and plain values (torch: {reason})") from error
 
 
 def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
-    """What train.py saved, and the model with the EMA of its weights. OSError or ValueError."""
+    """All that train.py saved, and the model with its EMA weights. Raises OSError or ValueError."""
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: not a checkpoint of train.py")
@@ -203,23 +203,23 @@ def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
         model = build_model(state["config"])
         model.load_state_dict(state["ema"])
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint ({error})") from error
+        raise ValueError(f"{path}: incomplete or damaged checkpoint ({error})") from error
     return state, model.eval()
 
 
 def save(path: Path, value, replace: bool = True):
     """An atomic torch.save: writes a new file, then renames it over the old one. Raises OSError."""
     buffer, new = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp")
-    torch.save(value, buffer)  # on a full disk torch would raise RuntimeError
+    torch.save(value, buffer)  # in memory: on a full disk torch.save raises RuntimeError
     try:
         with open(new, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        if not replace:  # of two runs that start at once, the file system refuses one here
+        if not replace:  # if two runs start at once, this fails for one of them
             open(path, "xb").close()
         for attempt in range(10):
-            with contextlib.suppress(PermissionError):  # Windows, while somebody reads the old file
+            with contextlib.suppress(PermissionError):  # Windows: the old file is open elsewhere
                 return os.replace(new, path)
             time.sleep(0.1)
         os.replace(new, path)
@@ -227,53 +227,11 @@ def save(path: Path, value, replace: bool = True):
         new.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------ devices
-
-
-# Where `cuda_graph` records. AMD's GPUs are "cuda" to torch, too, but recording there is young.
-RECORDED = ["cuda"] if torch.version.cuda else []
-
-
-def cuda_graph(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """f, faster on CUDA. The first call with inputs of a new kind records f's kernels as a CUDA
-    graph; every call then replays them in one launch. A training step is a thousand kernels, and
-    the host takes longer to launch them than a fast GPU takes to run them.
-
-    f's Python runs only for the recording: f must not wait for the device, nor use what changes on
-    the host. All else that f reads or writes must stay at its address; under autocast, so must the
-    cast copies of the weights. The random numbers are those that f itself would have drawn.
-    """
-    graphs = {}
-
-    def record(inputs: tuple[Tensor, ...]) -> tuple:
-        inputs, device = [x.clone() for x in inputs], inputs[0].device
-        with torch.cuda.device(device):
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            # A first call, not recorded: libraries set up in it. Its random numbers don't count.
-            with torch.cuda.stream(stream), torch.random.fork_rng([device]):
-                f(*inputs)
-            # "thread_local", since NCCL's own thread may look after other work meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                return graph, inputs, f(*inputs)
-
-    def replay(*inputs: Tensor) -> Tensor:
-        if inputs[0].device.type not in RECORDED:
-            return f(*inputs)
-        kind = tuple((x.shape, x.dtype, x.device) for x in inputs)
-        if kind not in graphs:
-            graphs[kind] = record(inputs)
-        graph, places, output = graphs[kind]
-        for place, x in zip(places, inputs):
-            place.copy_(x)
-        graph.replay()
-        return output.clone()
-
-    return replay
+# ---------------------------------------------------------------- devices
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA where there is one, else the CPU. Raises ValueError,
+    """The device of this name; "auto" is CUDA if available, else the CPU. Raises ValueError,
     with the first sentence of torch's own reason, if the device can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -289,7 +247,8 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware has bfloat16
     (CUDA since Ampere; from torch 2.11 on also CPUs with AMX or AVX-512 BF16). Never float16: its
-    largest number is 65504, and anything larger becomes inf."""
+    largest number is 65504, and anything larger becomes inf. The cast copies of the weights are not
+    cached, because a CUDA graph would read old ones."""
     if precision == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif precision == "auto" and device.type == "cpu":
@@ -297,10 +256,11 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
         bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     else:
         bf16 = precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    return (torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if bf16
+            else contextlib.nullcontext())
 
 
-# ------------------------------------------------------------------------------ pictures
+# ---------------------------------------------------------------- pictures
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:
@@ -314,7 +274,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """(n, C, H, W) to one picture (C, h, w), row by row, 2 pixels apart, about square."""
+    """Tiles (n, C, H, W) into one picture (C, h, w), row by row, 2 pixels apart, about square."""
     n, C, H, W = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -326,7 +286,7 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
 def write_png(path: Path | str, picture: Tensor):
     """Write uint8 (C, H, W), C = 1 or 3, as a PNG (ISO/IEC 15948): a signature and three chunks."""
     C, H, W = picture.shape
-    rows = bytearray(H * (1 + W * C))  # each after a 0: no filter
+    rows = bytearray(H * (1 + W * C))  # each starts with filter type 0, "none"
     torch.frombuffer(rows, dtype=torch.uint8).view(H, -1)[:, 1:] = (
         picture.permute(1, 2, 0).reshape(H, W * C))
     parts = [b"\x89PNG\r\n\x1a\n"]
@@ -337,11 +297,11 @@ def write_png(path: Path | str, picture: Tensor):
     Path(path).write_bytes(b"".join(parts))
 
 
-# ------------------------------------------------------------------------------ command lines
+# ---------------------------------------------------------------- command lines
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake costs one line on stderr, and exit status 2."""
+    """argparse with one-line errors on stderr (exit status 2)."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -362,7 +322,7 @@ def number(kind: type, low: float, high: float = math.inf,
 
 
 def quiet(method: Callable) -> Callable:
-    """A method of stdout or stderr, for a run that goes on when the terminal is gone."""
+    """Wraps a method of stdout or stderr, so that a run survives the loss of its terminal."""
     def call(*arguments):
         with contextlib.suppress(OSError):
             return method(*arguments)
@@ -371,13 +331,13 @@ def quiet(method: Callable) -> Callable:
 
 def run(main: Callable):
     """main() as a script."""
-    # Freeing a block of just under 32 MiB raises glibc's mmap threshold to it: layers then reuse
-    # freed memory. Without it a CPU run spends a fifth of its time on pages from the kernel.
+    # Freeing a block of just under 32 MiB raises glibc's mmap threshold to it, so that layers reuse
+    # freed memory. Otherwise a CPU run spends a fifth of its time on pages from the kernel.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None for a service, or after >&-
-        if hasattr(stream, "reconfigure"):  # a notebook's can't, and need not
-            stream.reconfigure(errors="replace")  # in the name of a file
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None in a service or after >&-
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
+            stream.reconfigure(errors="replace")  # for file names that it cannot encode
         stream.write, stream.flush = quiet(stream.write), quiet(stream.flush)
         setattr(sys, name, stream)
     try:

@@ -4,9 +4,9 @@
     python train.py --model ddpm      section 2
     torchrun --nproc_per_node=4 train.py --model ddpm      on four devices
 
-Output in runs/<model>/: checkpoint.pt, metrics.csv, result.txt, and pictures of samples on the way.
-In order: the recipes; `gradient_steps`, which is the training; `train`, which looks after it; what
-these call; the files of a run; the data; the command line.
+Output in runs/<model>/: checkpoint.pt, metrics.csv, result.txt, and sample pictures on the way.
+The file in order: the default options; `gradient_steps`, the training loop; `train`, which adds
+logging, pictures and checkpoints; their helpers; a run's files; the data; the command line.
 
 The paper gives the loss (§1.3, Thm 1.4; §2.4, "Training Algorithm for DDPM"; §2.5, "Training DDPM
 using ε̂_θ"; version 3, January 2025). The rest is common practice.
@@ -35,14 +35,14 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, cuda_graph, draw_noise, grid,
-                    load, number, pick_device, read_checkpoint, recorded, run, save, to_float,
-                    to_uint8, write_png)
+from ddpm import DDPM
+from sample import (FORMAT, SCHEDULES, Parser, autocast, build_model, draw_noise, grid, load,
+                    number, pick_device, read_checkpoint, run, save, to_float, to_uint8, write_png)
 
 
-# ------------------------------------------------------------------------------ the recipes
+# ---------------------------------------------------------------- default options
 
-# The options of a run, where the command line says nothing else.
+# The defaults of the options: of every run, and of each recipe.
 COMMON = {"data": None, "epochs": None, "device": "auto", "precision": "auto", "seed": 0}
 RECIPES = {
     # Two CPU cores take about 11 minutes.
@@ -50,7 +50,7 @@ RECIPES = {
              "timesteps": 1000, "schedule": "cauchy", "predict": "noise",  # the chain
              "channels": 16, "multipliers": [1, 1, 4], "blocks": 1,        # its network
              "attention": [], "dropout": 0.0, "fourier": [3, 5]},
-    # A large GPU takes under two minutes. All else is as above.
+    # Under two minutes on a large GPU. Everything else as above.
     "ddpm on CUDA": {"steps": 4000, "batch_size": 256, "lr": 1e-3,
                      "channels": 64, "multipliers": [1, 2, 4]},
     "vae": {"steps": 4680, "batch_size": 128, "lr": 4e-3,  # two minutes on two CPU cores
@@ -58,92 +58,99 @@ RECIPES = {
 }
 COUNT = number(int, 1, 2**31)
 OPTIONS = [  # name, values, meaning
-    ("data", str, "folder of IDX files like data/mnist, the default; or .pt of uint8 (N, C, H, W)"),
+    ("data", str, "folder of IDX files like data/mnist (default), or .pt of uint8 (N, C, H, W)"),
     ("steps", COUNT, "gradient steps"),
     ("epochs", COUNT, "passes over the data, instead of --steps"),
-    ("device", str, "cpu, cuda, cuda:N, mps or auto: CUDA where there is one"),
-    ("precision", ["auto", "fp32", "bf16"], "auto: bf16 on hardware that has it (CPU: torch 2.11)"),
-    ("seed", number(int, 0, 2**63 - 1), "of every random number"),
-    ("batch_size", COUNT, "images in a step, of all devices together"),
+    ("device", str, "cpu, cuda, cuda:N, mps, or auto (default): CUDA if available, else CPU"),
+    ("precision", ["auto", "fp32", "bf16"],
+     "auto (default): bf16 if the hardware has it (CPU: torch 2.11+)"),
+    ("seed", number(int, 0, 2**63 - 1), "random seed (default: 0)"),
+    ("batch_size", COUNT, "images per step, summed over all devices"),
     ("lr", number(float, 1e-9, 1), "peak learning rate"),
     ("timesteps", number(int, 2, 10**6), "length T of the chain"),
-    ("schedule", list(SCHEDULES), "of alpha_t"),
-    ("predict", ["noise", "image"], "the network's output: section 2.5's or 2.4's"),
-    ("channels", COUNT, "width of the network's first layer; of a ddpm a multiple of 4"),
+    ("schedule", list(SCHEDULES), "noise schedule (the alpha_t)"),
+    ("predict", ["noise", "image"], "what the network predicts (sections 2.5 and 2.4)"),
+    ("channels", COUNT, "width of the network's first layer (ddpm: a multiple of 4)"),
     ("multipliers", COUNT, "width of each level, in multiples of --channels"),
-    ("blocks", COUNT, "residual blocks a level"),
-    ("attention", number(int, 0), "levels with attention (0: full resolution) beside the middle"),
+    ("blocks", COUNT, "residual blocks per level"),
+    ("attention", number(int, 0), "levels with attention (0: full resolution), besides the middle"),
     ("dropout", number(float, 0, 0.999), "in the residual blocks"),
-    ("fourier", number(int, 0, 8), "for each n the network also sees sin and cos of 2^n pi x"),
+    ("fourier", number(int, 0, 8), "values of n: the network also gets sin and cos of 2^n pi x"),
     ("latent_dim", COUNT, "length of z"),
-    ("decoder_std", number(float, 1e-6, 1e6, "learned"), "sigma of p(x|z), or the word learned"),
+    ("decoder_std", number(float, 1e-6, 1e6, "learned"), "sigma of p(x|z): a number or 'learned'"),
 ]
-CHANGEABLE = ["data", "epochs", "steps", "device", "precision"]  # with --resume; nothing else
+CHANGEABLE = ["data", "epochs", "steps", "device", "precision"]  # only these, with --resume
 # The test ELBO at the end: the number of images, and the options of the model's `bits_per_dim`.
 EVALUATION = {"ddpm": (256, {"k": 20}), "vae": (10_000, {})}
-WARM_UP = 0.05  # share of the run
+WARM_UP = 0.05  # fraction of the run
 CLIP = 1.0  # norm of the gradient
 EMA_DECAY = 0.9999
 ROW_EVERY = 10  # steps
-MAX_PICTURES = 20  # times in a run that samples are drawn
+MAX_PICTURES = 20  # rounds of sample pictures in a run
 SAVE_EVERY = 300  # seconds
 # torchrun starts one process (rank) per device and sets these variables. The ranks share every
-# batch; their weights begin equal and stay so, since all take the same gradient. Rank 0 writes.
+# batch; their weights start and stay equal, since all apply the same gradient. Only rank 0 writes.
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
-# ------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------- training
 
 
 def gradient_steps(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer,
                    data: Iterable[tuple[int, Tensor]],
                    config: dict) -> Iterator[tuple[int, Tensor, float]]:
-    """Takes a step on every batch of data, (number of the step, x_0 in [-1, 1]), and yields
-    (number, loss, learning rate). Then model, optimizer and ema (the moving average) have taken it.
-    """
+    """For each (step number, x_0 in [-1, 1]) of data, takes a gradient step, updates ema (the
+    moving average of the weights), then yields (step number, loss, learning rate)."""
     weights = list(model.parameters())
     cast = autocast(weights[0].device, config["precision"])
-
-    @cuda_graph  # on CUDA, one launch
-    def backward(x_0: Tensor) -> Tensor:
+    for step, x_0 in data:
         model.zero_grad()
-        with cast:  # entered here, it casts the weights anew at every step
+        with cast:
             loss = model(x_0)  # DDPM.loss or VAE.loss
         loss.backward()
-        return loss.detach()
-
-    for step, x_0 in data:
-        loss = backward(x_0)
         average_over_ranks([w.grad for w in weights])
         nn.utils.clip_grad_norm_(weights, CLIP)
-        optimizer.param_groups[0]["lr"] = lr = config["lr"] * lr_share(step - 1, config["steps"])
+        lr = config["lr"] * lr_fraction(step - 1, config["steps"])
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        average = get_ema_multi_avg_fn(ema_decay(step))  # ema ← d · ema + (1 − d) · weights
-        average(list(ema.parameters()), weights, None)
-        yield step, loss, lr
+        update = get_ema_multi_avg_fn(ema_decay(step))  # ema ← d · ema + (1 − d) · weights
+        update(list(ema.parameters()), weights, None)
+        yield step, loss.detach(), lr
 
 
 def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, test: Tensor,
           device: torch.device, out: Path) -> tuple[nn.Module, int, int]:
-    """Train the model as configured, from the start or from a checkpoint's state: returns its EMA,
-    the steps taken, and the number of the signal that stopped it, or 0.
+    """Train the model as configured, from the start or from a checkpoint's state: returns its EMA
+    (exponential moving average), the steps taken and the signal that stopped it (or 0).
 
     config: the options by name, "model", "images" (how many) and "image_shape". images, test: uint8
     (N, C, H, W). Raises OSError if a checkpoint can't be written, and FloatingPointError before a
     row or a checkpoint would hold a nan or inf.
     """
-    # β₂ = 0.99: the usual 0.999 averages over 1,000 steps, too slow for runs of a few thousand.
+    # The paper leaves the optimiser open. The usual β₂ = 0.999 averages over 1,000 steps, too slow
+    # for runs of a few thousand; 0.99 averages over 100.
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
     ema, step, seconds = copy.deepcopy(model).eval(), 0, 0.0
     total, batch_size = config["steps"], config["batch_size"]
+
+    # Resuming: all that a step depends on comes from the checkpoint, or follows from the step.
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
-        say(f"on from step {step:,} of {total:,}, at a learning rate of "
-            f"{config['lr'] * lr_share(step, total):.1e}")
-    # Pictures are drawn every so many steps: after an epoch, or after several.
+        say(f"resuming at step {step:,} of {total:,}, learning rate "
+            f"{config['lr'] * lr_fraction(step, total):.1e}")
+
+    # On a GPU of NVIDIA's, record the DDPM's network once: its thousand kernels, forwards and
+    # backwards, are then one launch, where a slow CPU takes longer to launch than the GPU to run.
+    if isinstance(model, DDPM) and device.type == "cuda" and torch.version.cuda:
+        x_t = to_float(images[:batch_size // RANKS], device)
+        t = torch.ones(len(x_t), dtype=torch.long, device=device)
+        with autocast(device, config["precision"]):
+            torch.cuda.make_graphed_callables(model.denoiser, (x_t, t))
+
+    # Pictures are drawn every `interval` steps, a whole number of epochs.
     steps_per_epoch = config["images"] // batch_size
     interval = steps_per_epoch * math.ceil(total / steps_per_epoch / MAX_PICTURES)
     start, losses, signum = time.perf_counter() - seconds, [], 0
@@ -151,8 +158,8 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
                unit_scale=True, disable=RANK > 0)
 
     def checkpoint() -> float:
-        """What --resume and sample.py need; returns the time."""
-        check_finite(step, *model.parameters())  # the gradient of a finite loss may not be finite
+        """Saves what --resume and sample.py need; returns the time."""
+        check_finite(step, *model.parameters())  # a finite loss can have a nan or inf gradient
         now = time.perf_counter()
         if RANK == 0:
             save(out / "checkpoint.pt", {
@@ -162,13 +169,15 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         return now
 
     with bar, caught_signals() as signals:
-        saved = checkpoint()  # so that --resume always finds one, and no other run begins here
+        saved = checkpoint()  # so that --resume always finds one, and no second run can start here
         begin_metrics(out / "metrics.csv", step)
         data = batches(images, config, step, device)
         for step, loss, lr in gradient_steps(model, ema, optimizer, data, config):
             losses.append(loss)
             bar.update(batch_size)
-            if step % ROW_EVERY == 0 or step == total:  # the mean loss since the last row
+
+            # A row: the mean loss since the last one. Only here does the CPU wait for the device.
+            if step % ROW_EVERY == 0 or step == total:
                 mean = torch.stack(losses).mean()
                 losses.clear()
                 average_over_ranks([mean])
@@ -177,9 +186,13 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
                 seconds = time.perf_counter() - start
                 write(out / "metrics.csv", step, f"{step / steps_per_epoch:.4f}", mean.item(), lr,
                       f"{step * batch_size / seconds:.1f}", f"{seconds:.3f}")
+
+            # Pictures of what the moving average has learned so far, and the first test images.
             picture_due = step % interval == 0 or step == total
             if picture_due:
                 write_pictures(out, step, ema, to_float(test[:32], device), config)
+
+            # A checkpoint after pictures, every five minutes, and before a signal ends the run.
             signum = signal_of_any_rank(signals)
             if picture_due or signum or time.perf_counter() - saved > SAVE_EVERY:
                 saved = checkpoint()
@@ -188,28 +201,28 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     return ema, step, signum
 
 
-# ------------------------------------------------------------------------------ what these call
+# ---------------------------------------------------------------- helpers of the training loop
 
 
-def lr_share(step: int, total: int) -> float:
-    """The share of --lr at this step: half a cosine from 1 down to 0, times a linear warm-up."""
+def lr_fraction(step: int, total: int) -> float:
+    """The fraction of --lr used at this step: half a cosine from 1 to 0, times a linear warm-up."""
     return min(1, (step + 1) / (WARM_UP * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def ema_decay(step: int) -> float:
-    """Samples are drawn with the moving average (as in arXiv 2006.11239). Until step 100,000 it
-    spans about the last tenth of the run, so that the random start is soon forgotten."""
+    """Samples come from the weights' moving average (as in arXiv 2006.11239). Up to step 100,000 it
+    covers about the last tenth of the steps, so the random start is soon forgotten."""
     return min(EMA_DECAY, step / (step + 10))
 
 
 def batches(images: Tensor, config: dict, step: int,
             device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(number of the step, this rank's share of its batch, in [-1, 1] and on the device), for all
-    steps after the first `step`.
+    """Yields (step number, this rank's share of the batch, in [-1, 1], on the device) for all steps
+    after `step`.
 
-    The order, and the seed of all that is random in a step, depend only on --seed and on the place
-    in the run (a hash of integers is the same in every process), so a resumed run draws what the
-    uninterrupted one would have drawn.
+    The order of the images and the random seed of each step depend only on --seed and the position
+    in the run (integers hash alike in every process), so a resumed run draws what an uninterrupted
+    one would have drawn.
     """
     seed, B = config["seed"], config["batch_size"]
     per_epoch = config["images"] // B
@@ -224,7 +237,7 @@ def batches(images: Tensor, config: dict, step: int,
 
 
 def average_over_ranks(tensors: list[Tensor]):
-    """In place, and in one exchange; for one process there is nothing to do."""
+    """Averages them over all ranks, in place and in one exchange."""
     if RANKS > 1:
         flat = EXCHANGED[len(tensors)] = torch.cat([x.flatten() for x in tensors]).div_(RANKS)
         distributed.all_reduce(flat)
@@ -233,7 +246,7 @@ def average_over_ranks(tensors: list[Tensor]):
 
 
 def check_finite(step: int, *values: Tensor):
-    """FloatingPointError for a nan or inf. Here the host waits for the device."""
+    """Raises FloatingPointError for nan or inf. Makes the CPU wait for the device."""
     if not torch.stack([value.isfinite().all() for value in values]).all():
         raise FloatingPointError(f"step {step:,}: the loss or a weight is nan or inf; a new run "
                                  "with a lower --lr may help")
@@ -242,19 +255,19 @@ def check_finite(step: int, *values: Tensor):
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP in a list. A second
-    SIGINT, a person's, kills the process. Machines repeat the others, caught to the end."""
-    signals, before, caught = [], {}, [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-        caught.append(hangup)
+    SIGINT (Ctrl-C) kills the process; the others, which schedulers repeat, stay caught."""
+    signals, before = [], {}
 
     def on_signal(signum, frame):
         signals.append(signum)
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
 
-    with contextlib.suppress(ValueError):  # only the main thread can catch signals
-        before = {s: signal.signal(s, on_signal) for s in caught}
+    with contextlib.suppress(ValueError, AttributeError):  # not in the main thread; on Windows
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signum = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN:
+                before[signum] = signal.signal(signum, on_signal)
     try:
         yield signals
     finally:
@@ -263,68 +276,62 @@ def caught_signals() -> Iterator[list[int]]:
                 signal.signal(signum, handler)
 
 
-# Globals: a tensor that gloo's own thread frees while the process ends can abort or deadlock it.
+# Global, to outlive gloo's thread: a tensor that it frees at exit can abort or hang the process.
 SIGNAL, EXCHANGED = torch.zeros((), dtype=torch.long), {}
 
 
 def signal_of_any_rank(signals: list[int]) -> int:
-    """One signal stops all ranks, after the same step."""
+    """The signal that any rank has caught, or 0: all ranks stop after the same step."""
     SIGNAL.fill_(max(signals, default=0))
     if RANKS > 1:
         distributed.all_reduce(SIGNAL, distributed.ReduceOp.MAX)
     return SIGNAL.item()
 
 
-# ------------------------------------------------------------------------------ the run's files
+# ---------------------------------------------------------------- metrics, pictures, result
 
 
 def on_rank_0(f: Callable) -> Callable:
-    """Of all ranks, the first alone prints and writes."""
-    return f if RANK == 0 else lambda *arguments, **options: None
+    """Only rank 0 prints and writes. If a file can't be written: a one-line warning; the run
+    continues. (A checkpoint, which `save` writes, has to be.)"""
+    def call(*arguments, **options):
+        try:
+            return f(*arguments, **options)
+        except OSError as error:
+            tqdm.write(f"train.py: warning: {error}", file=sys.stderr)
+    return call if RANK == 0 else lambda *arguments, **options: None
 
 
 say = on_rank_0(functools.partial(print, flush=True))
 
 
-@contextlib.contextmanager
-def warned() -> Iterator[None]:
-    """A file that can't be written costs one line, not the run."""
-    try:
-        yield
-    except OSError as error:
-        tqdm.write(f"train.py: warning: {error}", file=sys.stderr)
-
-
 @on_rank_0
-@warned()
 def write(path: Path, *values, mode: str = "a"):
     with open(path, mode) as file:
         print(*values, sep=",", file=file)
 
 
 @on_rank_0
-@warned()
 def begin_metrics(path: Path, step: int):
-    """Leave metrics.csv with its head and the rows up to this step. Rows after the last checkpoint
-    are cut off: those steps will be taken again."""
+    """Keep the header of metrics.csv and the rows up to this step; later rows are dropped, because
+    their steps will be repeated."""
     text = path.read_text(errors="replace") if path.exists() else ""
-    rows = [row for row in re.findall(r"^\d+,.*(?=\n)", text, re.M)  # whole ones
+    rows = [row for row in re.findall(r"^\d+,.*(?=\n)", text, re.M)  # complete ones
             if int(row.partition(",")[0]) <= step]
     head = "step,epoch,loss,lr,images_per_second,seconds"
     write(path, "\n".join([head, *rows]), mode="w")
 
 
 @on_rank_0
-@warned()
 @torch.no_grad()
 def write_pictures(out: Path, step: int, model: nn.Module, x: Tensor, config: dict):
-    """64 samples from fixed noise, a batch at a time (DDPM: 50 steps of DDIM); for a VAE also x,
-    each beside its reconstruction."""
+    """64 samples from fixed noise, a batch at a time (DDPM: 50 steps of DDIM); for a VAE also the
+    images x, each next to its reconstruction."""
     torch.manual_seed(config["seed"])
     noise = draw_noise(config, 64).to(x.device).split(config["batch_size"] // RANKS)
     with autocast(x.device, config["precision"]):
         if config["model"] == "ddpm":
-            model, steps = recorded(model), min(50, model.T)
+            steps = min(50, model.T)
             pictures = {"samples": torch.cat([model.sample(x_T, steps) for x_T in noise])}
         else:
             pairs = torch.stack([x, model.decode(model.encode(x)[0])], dim=1)
@@ -338,9 +345,9 @@ def write_pictures(out: Path, step: int, model: nn.Module, x: Tensor, config: di
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, test: Tensor, config: dict,
              device: torch.device) -> str:
-    """The run's last line: the test ELBO, in float32, and that of as many training images."""
+    """The last line of output: the ELBO, in float32, of test and of as many training images."""
     count, options = EVALUATION[config["model"]]
-    n, model = min(count, len(test)), recorded(model)
+    n = min(count, len(test))
 
     def elbo(x: Tensor) -> str:
         torch.manual_seed(config["seed"])
@@ -350,10 +357,10 @@ def evaluate(model: nn.Module, images: Tensor, test: Tensor, config: dict,
         return f"{nats:.1f} nats, {bits.mean():.3f} bits/dim"
 
     k = "".join(f", {k} random t each" for k in options.values())
-    return f"test ELBO {elbo(test)} ({n:,} images{k}); of as many training images {elbo(images)}"
+    return f"test ELBO {elbo(test)} ({n:,} images{k}); as many training images: {elbo(images)}"
 
 
-# ------------------------------------------------------------------------------ data
+# ---------------------------------------------------------------- data
 
 
 def load_images(data: Path) -> tuple[Tensor, Tensor]:
@@ -371,11 +378,11 @@ def load_images(data: Path) -> tuple[Tensor, Tensor]:
     else:
         images, test = (read_idx(data, split) for split in ("train", "t10k"))
     if images.shape[1:] != test.shape[1:]:
-        raise ValueError(f"{data}: training images {tuple(images.shape)}, but test images "
+        raise ValueError(f"{data}: training images are {tuple(images.shape)}, but test images are "
                          f"{tuple(test.shape)}")
     if images.max() <= 1:
-        raise ValueError(f"{data}: no pixel is above 1, but the range is 0 to 255; multiply a mask "
-                         "by 255")
+        raise ValueError(f"{data}: no pixel is above 1, but values must range over 0 to 255 "
+                         "(multiply a binary mask by 255)")
     return images, test
 
 
@@ -385,8 +392,8 @@ def read_idx(folder: Path, split: str) -> Tensor:
     found = folder.glob(f"{split}-images?idx3-ubyte*")
     path = min((path for path in found if path.is_file()), default=None)
     if path is None:
-        raise ValueError(f"{folder}: no IDX file {split}-images-idx3-ubyte(.gz) there. The README, "
-                         "under Your own images, makes a .pt file of a folder of pictures")
+        raise ValueError(f"{folder}: {split}-images-idx3-ubyte(.gz) not found. To turn a folder of "
+                         'pictures into a .pt file, see "Your own images" in the README')
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":  # gzip, whatever the file is called
@@ -398,41 +405,40 @@ def read_idx(folder: Path, split: str) -> Tensor:
             raise ValueError(f"the header says {magic}, {shape}, and {len(pixels)} bytes follow")
         return torch.frombuffer(pixels, dtype=torch.uint8).view(shape)[:, None]
     except (EOFError, gzip.BadGzipFile, zlib.error, struct.error, ValueError) as error:
-        raise ValueError(f"{path}: no IDX file of gray images, or damaged ({error})") from error
+        raise ValueError(f"{path}: not an IDX file of grey images, or damaged ({error})") from error
 
 
-# ------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------- command line
 
 
 def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
-    """The parser, and the options that were given, by name."""
+    """Returns the parser, and the given options as a dict."""
     parser = Parser(prog="train.py", description="Train a model of the tutorial on images.",
                     argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--model", help="what to train", choices=["ddpm", "vae"], required=True)
     add("--out", help="folder for the results; default: runs/<model>", type=Path)
-    add("--resume", help="go on with the run in --out", action="store_true")
+    add("--resume", help="resume the run in --out", action="store_true")
     length = parser.add_mutually_exclusive_group()
     for name, values, text in OPTIONS:
-        found = {f" for {where}": recipe[name] for where, recipe in RECIPES.items()
-                 if name in recipe} or {"": COMMON[name]}
-        shown = [f"{' '.join(map(str, value)) or 'none'}{where}" if isinstance(value, list)
-                 else f"{value}{where}" for where, value in found.items() if value is not None]
-        text += f" (default: {', '.join(shown)})" if shown else ""
+        defaults = {where: recipe[name] for where, recipe in RECIPES.items() if name in recipe}
+        lists = any(isinstance(value, list) for value in defaults.values())
+        shown = [f"{(' '.join(map(str, value)) or 'none') if lists else value} for {where}"
+                 for where, value in defaults.items()]
         group = length if name in ("epochs", "steps") else parser
-        group.add_argument(f"--{name.replace('_', '-')}", help=text,
-                           nargs="*" if name in ("multipliers", "attention", "fourier") else None,
+        group.add_argument(f"--{name.replace('_', '-')}", nargs="*" if lists else None,
+                           help=text + f" (default: {', '.join(shown)})" * bool(shown),
                            **{"choices" if isinstance(values, list) else "type": values})
     return parser, vars(parser.parse_args(argv))
 
 
 def configure(options: dict, saved: dict | None, device_type: str) -> dict:
-    """What defines a run and is kept in its checkpoint: these options over the recipe's, or over
-    those of the saved run, of which only some may change. Raises ValueError."""
+    """The options that define a run, kept in its checkpoint: the recipe's, or those of the saved
+    run (only CHANGEABLE may change), overridden by `options`. Raises ValueError."""
     model = options["model"]
     on_cuda = RECIPES.get(f"{model} on CUDA", {}) if device_type == "cuda" else {}
     new = {"model": model, **COMMON, **RECIPES[model], **on_cuda}
-    for name, value in {"model": model, **options}.items():  # the model first: it decides the rest
+    for name, value in {"model": model, **options}.items():  # model first: the rest depends on it
         flag = f"--{name.replace('_', '-')}"
         if name not in new:
             raise ValueError(f"{flag} is not an option of --model {model}")
@@ -447,24 +453,24 @@ def configure(options: dict, saved: dict | None, device_type: str) -> dict:
 def prepare(options: dict) -> tuple:
     """Checks everything before any file changes; returns `train`'s arguments. Raises ValueError or
     OSError."""
-    # A new run, or one that goes on: its device and its options.
+    # Device and options, of a new run or a resumed one.
     out = options.pop("out", Path("runs", options["model"]))
     checkpoint, state = out / "checkpoint.pt", None
     if options.pop("resume", False):
         state, _ = read_checkpoint(checkpoint)
         if "optimizer" not in state:
-            raise ValueError(f"{checkpoint}: weights alone, to sample with; no run to go on with")
+            raise ValueError(f"{checkpoint}: only weights, for sampling; not a run to resume")
     elif checkpoint.exists() or (out / "metrics.csv").exists():
-        raise ValueError(f"{out} holds a run: --resume goes on with it, and --out with another "
-                         "folder starts a new one")
+        raise ValueError(f"{out} already holds a run: continue it with --resume, or start a new "
+                         "one in another --out")
     saved = state and state["config"]
     device = pick_device({**COMMON, **(saved or {}), **options}["device"])
     config = configure(options, saved, device.type)
-    if RANKS > 1 and device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}") if RANKS > 1 else device
+        torch.cuda.set_device(device)  # on which CUDA graphs are recorded
 
-    # Its images, the same as before; and its length.
+    # Images (the same as before, if resumed) and number of steps.
     mnist = Path(__file__).with_name("data") / "mnist"
     data = mnist if config["data"] is None else Path(config["data"])
     images, test = load_images(data)
@@ -473,17 +479,17 @@ def prepare(options: dict) -> tuple:
         raise ValueError(f"--data {data}: {n} images {shape}, but this run began with "
                          f"{config['images']} of {config['image_shape']}")
     if batch_size > n or batch_size % RANKS:
-        raise ValueError(f"--batch-size {batch_size}: must be at most {n}, the training images in "
-                         f"{data}, and divisible by {RANKS}, the number of processes")
+        raise ValueError(f"--batch-size {batch_size}: must be at most {n} (training images in "
+                         f"{data}) and divisible by {RANKS} (processes)")
     steps = config["steps"] or config["epochs"] * (n // batch_size)
     if state and state["step"] > steps:
-        raise ValueError(f"{steps} steps: this run has taken {state['step']}; --resume without "
-                         "--steps or --epochs goes on to the end that was set")
+        raise ValueError(f"{steps} steps: this run has already taken {state['step']}; --resume "
+                         "alone (no --steps, --epochs) keeps the old end")
     config.update(images=n, image_shape=shape, steps=steps)
     if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
-        images = images.to(device)  # a batch then never crosses the bus
+        images = images.to(device)  # then no batch has to be copied there
 
-    # Its model, and a trial, which raises if these images do not fit.
+    # The model, and a trial run, which raises an error if these images do not fit.
     torch.manual_seed(config["seed"])
     model = build_model(config).to(device)
     with torch.no_grad():
@@ -500,30 +506,30 @@ def main(argv: list[str] | None = None):
         if RANKS > 1:
             nccl = device.type == "cuda" and distributed.is_nccl_available()  # not on Windows
             distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    except (ValueError, OSError, RuntimeError) as error:  # a network too large is a RuntimeError
+    except (ValueError, OSError, RuntimeError) as error:  # too large a network: RuntimeError
         parser.error(str(error))
     size = sum(parameter.numel() for parameter in model.parameters())
     say(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
         f"{'x'.join(map(str, config['image_shape']))}, on {device}"
         + (f" and {RANKS - 1} more" if RANKS > 1 else ""))
     if images.max() < 128:
-        say(f"train.py: warning: the brightest pixel is {images.max()} of 255: scale data of "
-            "another range to 0..255, or little is learned", file=sys.stderr)
+        say(f"train.py: warning: the brightest pixel is {images.max()} of 255; if your data has "
+            "another range, scale it to 0..255 for training to work", file=sys.stderr)
     try:
         ema, step, signum = train(*arguments)
     except FloatingPointError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{error}; --resume goes on from the last checkpoint, if there is one")
+        parser.error(f"{error}; --resume continues from the last checkpoint, if there is one")
     except torch.OutOfMemoryError:
         parser.error("out of memory: start again with a smaller --batch-size, in another --out")
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()
-    folder = re.sub(r".*[^\w./:-].*", r'"\g<0>"', out.as_posix())  # quoted for the shell
+    folder = re.sub(r".*[^\w./:-].*", r'"\g<0>"', out.as_posix())  # quoted, for cmd.exe, too
     if signum:
         launcher = f"torchrun --nproc_per_node={RANKS}" if RANKS > 1 else "python"
-        say(f"stopped at step {step:,} of {config['steps']:,}; to go on: {launcher} train.py "
+        say(f"stopped at step {step:,} of {config['steps']:,}; to resume: {launcher} train.py "
             f"--model {config['model']} --out {folder} --resume")
         sys.exit(128 + signum)
     result = evaluate(ema, images, test, config, device)
