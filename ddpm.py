@@ -226,15 +226,19 @@ class DDPM(nn.Module):
             x_t = mean + variance.sqrt() * torch.randn_like(x_t)
             yield t - 1, x_t
 
-    def chain(self, x_T: Tensor, steps: int | list[int] | None = None,
+    def chain(self, x_T: Tensor, steps: int | Sequence[int] | None = None,
               eta: float = 1.0) -> Iterator[tuple[int, Tensor]]:
         """`ddim_chain` if `steps` is given or η is not 1, else `reverse_chain`."""
         check_floats(x_T, torch.float32, torch.float64)
+        if x_T.requires_grad and torch.is_grad_enabled():
+            raise ValueError("x_T requires a gradient, but a chain has none. One with gradients: "
+                             "DDPM.ddim_chain.__wrapped__(ddpm, x_T, steps, eta)")
         if steps is None and eta == 1:
             return self.reverse_chain(x_T)
         return self.ddim_chain(x_T, self.T if steps is None else steps, eta)
 
-    def sample(self, x_T: Tensor, steps: int | list[int] | None = None, eta: float = 1.0) -> Tensor:
+    def sample(self, x_T: Tensor, steps: int | Sequence[int] | None = None,
+               eta: float = 1.0) -> Tensor:
         """The last state of `chain`, x_0: new images. x_T ~ N(0, I) is (B, …), float32 or float64,
         on the network's device. If the network has dropout, call `eval()` first, and `train()`
         before you resume training."""
@@ -259,7 +263,7 @@ class DDPM(nn.Module):
     # -------------------------------------------------- §2.6 DDIM
 
     @torch.no_grad()
-    def ddim_chain(self, x_T: Tensor, steps: int | list[int],
+    def ddim_chain(self, x_T: Tensor, steps: int | Sequence[int],
                    eta: float = 1.0) -> Iterator[tuple[int, Tensor]]:
         """x_s = √ᾱ_s x̂_θ(x_t) + √(1 − ᾱ_s − σ_t²) ε̂_θ(x_t) + σ_t z,  z ~ N(0, I)  (2.58), (2.59)
 
@@ -322,6 +326,8 @@ class DDPM(nn.Module):
 
     def output(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """The denoiser's output at t, in x_t's precision even under autocast."""
+        if torch.as_tensor(t).is_floating_point():
+            raise ValueError(f"t must be integers in 1..{self.T}, got {t}")
         if not isinstance(t, Tensor) or t.ndim == 0:
             t = x_t.new_full(x_t.shape[:1], int(t), dtype=torch.long)
         output = self.denoiser(x_t, t.to(x_t.device, torch.long, non_blocking=x_t.is_cuda))
@@ -330,19 +336,19 @@ class DDPM(nn.Module):
                              f"{tuple(output.shape)}")
         return output.to(x_t.dtype)
 
-    def times(self, steps: int | list[int]) -> list[int]:
+    def times(self, steps: int | Sequence[int] | Tensor) -> list[int]:
         """The times of DDIM: `steps` of them from T to 1, more near T, where long steps cost
-        brightness; or the given list of decreasing times, x_T's first."""
-        if steps in range(1, self.T + 1):
+        brightness; or the given list, range or tensor of decreasing times, x_T's first."""
+        steps = steps.tolist() if isinstance(steps, Tensor) else steps
+        if steps in range(1, self.T + 1) and steps is not True:
             u = torch.linspace(0, 1, int(steps), dtype=torch.float64)
             passed = torch.maximum((self.T - 1) * u**1.5, torch.arange(len(u)))  # ≥ one t apart
             return (self.T - passed).round().int().tolist()
-        given = {*steps} if isinstance(steps, list) else set()
-        falling = sorted(given & {*range(1, self.T + 1)}, reverse=True)
-        if not falling or steps != falling:
+        times = [*steps] if isinstance(steps, (list, tuple, range)) else []
+        if not times or times != sorted({*times} & {*range(1, self.T + 1)}, reverse=True):
             raise ValueError(f"steps must be an integer in 1..{self.T} or a decreasing list of "
                              f"them, got {steps}")
-        return [int(t) for t in falling]
+        return [int(t) for t in times]
 
     def importance_sampling(self, k: int | None, B: int) -> tuple[Tensor, Tensor]:
         """The times of `elbo`'s sum over t ≥ 2, and a weight for every t, (T + 1,): all times with
@@ -358,7 +364,8 @@ class DDPM(nn.Module):
         return times, p.sum() / (k * p)  # inf for t = 0 and 1, which are never drawn
 
     def bits_per_dim(self, x_0: Tensor, k: int | None = None) -> Tensor:
-        """−ELBO / (D ln 2): bits per dimension, (B,), for images of D = C·H·W 8-bit pixels."""
+        """−ELBO / (D ln 2): bits per dimension, (B,), for images of D = C·H·W 8-bit pixels. Without
+        gradients. If the network has dropout, call `eval()` first."""
         check_pixels(x_0)
         terms = self.elbo(x_0, k)
         elbo = terms["reconstruction"] - terms["prior_matching"] - terms["consistency"]

@@ -8,6 +8,7 @@ The second half is shared with train.py: models and checkpoints, devices, pictur
 """
 import argparse
 import contextlib
+import errno
 import io
 import itertools
 import math
@@ -89,7 +90,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="auto: bf16 if the hardware has it (CPU: torch 2.11+) (default: auto)")
+        help="auto: bf16 if a GPU or an x86 CPU has it (CPU: torch 2.11+) (default: auto)")
     add("--out", type=Path, help=".png (a grid) or .pt (the uint8 tensor (n, C, H, W)); default: "
         "samples.png next to the checkpoint")
     add("--strip", type=Path, metavar="FILE.png", help="ddpm: also write a film strip of the "
@@ -99,8 +100,9 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     return parser, parser.parse_args(argv)
 
 
-def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path]]:
-    """The trained model, z or x_T, and the files to write. Raises ValueError or OSError."""
+def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path], str]:
+    """The trained model, z or x_T, the files to write, and how far the training was. Raises
+    ValueError or OSError."""
     args.checkpoint = args.checkpoint or max(
         Path("runs").rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime, default=None)
     if args.checkpoint is None:
@@ -130,15 +132,18 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
     if args.latent_grid and config["latent_dim"] != 2:
         raise ValueError(f"--latent-grid: z has {config['latent_dim']} dimensions in "
                          f"{args.checkpoint}, but the grid needs 2: train with --latent-dim 2")
+    steps = config["steps"]
+    step = state.get("step", steps)  # weights alone, as in assets/, are those of a whole run
+    trained = f"step {step:,} of {steps:,}" + " (warning: hardly trained)" * (step < 0.05 * steps)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    return model.to(device), draw_noise(config, args.n).to(device), files
+    return model.to(device), draw_noise(config, args.n).to(device), files, trained
 
 
 def main(argv: list[str] | None = None):
     parser, args = parse_args(argv)
     try:
-        model, noise, files = prepare(args)
+        model, noise, files, trained = prepare(args)
         with autocast(noise.device, args.precision):
             images, film = draw(model, noise, args.steps, 1.0 if args.eta is None else args.eta)
             if args.out.suffix.lower() == ".pt":
@@ -152,11 +157,10 @@ def main(argv: list[str] | None = None):
     except (ValueError, OSError, RuntimeError) as error:
         memory = "; a smaller -n needs less memory" if isinstance(error, RuntimeError) else ""
         parser.error(f"{error}{memory}")
-    print(f"wrote {', '.join(map(str, files.values()))}, from {args.checkpoint}")
+    print(f"wrote {', '.join(map(str, files.values()))}, from {args.checkpoint}, {trained}")
 
 
 # ================================================= shared with train.py: models and checkpoints
-
 
 SCHEDULES = {"cauchy": cauchy_alphas, "cosine": cosine_alphas, "linear": linear_alphas}
 
@@ -202,22 +206,33 @@ def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["ema"])
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except Exception as error:  # damaged values raise almost any exception
         raise ValueError(f"{path}: incomplete or damaged checkpoint ({error})") from error
     return state, model.eval()
 
 
 def save(path: Path, value, replace: bool = True):
-    """An atomic torch.save: writes a new file, then renames it over the old one. Raises OSError."""
+    """An atomic torch.save: writes a new file, then gives it this name; if not `replace`, only
+    where no file has it. Raises OSError."""
     buffer, new = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp")
     torch.save(value, buffer)  # in memory: on a full disk torch.save raises RuntimeError
+    path.parent.mkdir(parents=True, exist_ok=True)  # the folder may have been moved away
     try:
         with open(new, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS):  # a file system without it
+                    raise
         if not replace:  # if two runs start at once, this fails for one of them
-            open(path, "xb").close()
+            try:
+                return os.link(new, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                open(path, "xb").close()
         for attempt in range(10):
             with contextlib.suppress(PermissionError):  # Windows: the old file is open elsewhere
                 return os.replace(new, path)
@@ -225,6 +240,8 @@ def save(path: Path, value, replace: bool = True):
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+        if path.exists() and not path.stat().st_size:  # made by "xb", but not replaced
+            path.unlink()
 
 
 # ---------------------------------------------------------------- devices
@@ -304,7 +321,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors on stderr (exit status 2)."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())[:600]}\n")
 
 
 def number(kind: type, low: float, high: float = math.inf,
@@ -332,7 +349,7 @@ def quiet(method: Callable) -> Callable:
 def run(main: Callable):
     """main() as a script."""
     # Freeing a block of just under 32 MiB raises glibc's mmap threshold to it, so that layers reuse
-    # freed memory. Otherwise a CPU run spends a fifth of its time on pages from the kernel.
+    # freed memory. Otherwise a CPU run spends up to a fifth of its time on pages from the kernel.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None in a service or after >&-

@@ -19,6 +19,7 @@ import gzip
 import math
 import os
 import re
+import shlex
 import signal
 import struct
 import sys
@@ -63,10 +64,10 @@ OPTIONS = [  # name, values, meaning
     ("epochs", COUNT, "passes over the data, instead of --steps"),
     ("device", str, "cpu, cuda, cuda:N, mps, or auto (default): CUDA if available, else CPU"),
     ("precision", ["auto", "fp32", "bf16"],
-     "auto (default): bf16 if the hardware has it (CPU: torch 2.11+)"),
+     "auto (default): bf16 if a GPU or an x86 CPU has it (CPU: torch 2.11+)"),
     ("seed", number(int, 0, 2**63 - 1), "random seed (default: 0)"),
     ("batch_size", COUNT, "images per step, summed over all devices"),
-    ("lr", number(float, 1e-9, 1), "peak learning rate"),
+    ("lr", number(float, 1e-9, 1), "learning rate before warm-up and cosine"),
     ("timesteps", number(int, 2, 10**6), "length T of the chain"),
     ("schedule", list(SCHEDULES), "noise schedule (the alpha_t)"),
     ("predict", ["noise", "image"], "what the network predicts (sections 2.5 and 2.4)"),
@@ -81,7 +82,7 @@ OPTIONS = [  # name, values, meaning
 ]
 CHANGEABLE = ["data", "epochs", "steps", "device", "precision"]  # only these, with --resume
 # The test ELBO at the end: the number of images, and the options of the model's `bits_per_dim`.
-EVALUATION = {"ddpm": (256, {"k": 20}), "vae": (10_000, {})}
+EVALUATION = {"ddpm": (1024, {"k": 5}), "vae": (10_000, {})}
 WARM_UP = 0.05  # fraction of the run
 CLIP = 1.0  # norm of the gradient
 EMA_DECAY = 0.9999
@@ -127,8 +128,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     (N, C, H, W). Raises OSError if a checkpoint can't be written, and FloatingPointError before a
     row or a checkpoint would hold a nan or inf.
     """
-    # The paper leaves the optimiser open. The usual β₂ = 0.999 averages over 1,000 steps, too slow
-    # for runs of a few thousand; 0.99 averages over 100.
+    # β₂ = 0.99: the usual 0.999 averages over 1,000 steps, too slow for runs of a few thousand.
     optimizer = torch.optim.Adam(model.parameters(), config["lr"], betas=(0.9, 0.99), fused=True)
     ema, step, seconds = copy.deepcopy(model).eval(), 0, 0.0
     total, batch_size = config["steps"], config["batch_size"]
@@ -142,8 +142,8 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         say(f"resuming at step {step:,} of {total:,}, learning rate "
             f"{config['lr'] * lr_fraction(step, total):.1e}")
 
-    # On a GPU of NVIDIA's, record the DDPM's network once: its thousand kernels, forwards and
-    # backwards, are then one launch, where a slow CPU takes longer to launch than the GPU to run.
+    # On an NVIDIA GPU, record the DDPM's network once: its thousand kernels, forwards or backwards,
+    # are then one launch. (Not on AMD's: there, to record a backward pass can hang.)
     if isinstance(model, DDPM) and device.type == "cuda" and torch.version.cuda:
         x_t = to_float(images[:batch_size // RANKS], device)
         t = torch.ones(len(x_t), dtype=torch.long, device=device)
@@ -157,19 +157,21 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
     bar = tqdm(total=total * batch_size, initial=step * batch_size, unit=" images",
                unit_scale=True, disable=RANK > 0)
 
-    def checkpoint() -> float:
-        """Saves what --resume and sample.py need; returns the time."""
+    def checkpoint(last: float | None) -> float:
+        """Saves what --resume and sample.py need. last: when the run was last saved, if it was."""
         check_finite(step, *model.parameters())  # a finite loss can have a nan or inf gradient
-        now = time.perf_counter()
+        path, now = out / "checkpoint.pt", time.perf_counter() - start
         if RANK == 0:
-            save(out / "checkpoint.pt", {
-                "format": FORMAT, "config": config, "step": step, "seconds": now - start,
-                "model": model.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict()}, replace=step > 0 or bool(state))
+            if last is not None and path.exists() and load(path)["seconds"] != last:
+                raise OSError("another process has written it, so this one ends")
+            save(path, {"format": FORMAT, "config": config, "step": step, "seconds": now,
+                        "model": model.state_dict(), "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict()}, replace=last is not None)
         return now
 
     with bar, caught_signals() as signals:
-        saved = checkpoint()  # so that --resume always finds one, and no second run can start here
+        # At once, so that --resume always finds one, and no second run can start here.
+        saved = checkpoint(seconds if state else None)
         begin_metrics(out / "metrics.csv", step)
         data = batches(images, config, step, device)
         for step, loss, lr in gradient_steps(model, ema, optimizer, data, config):
@@ -190,12 +192,12 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
             # Pictures of what the moving average has learned so far, and the first test images.
             picture_due = step % interval == 0 or step == total
             if picture_due:
-                write_pictures(out, step, ema, to_float(test[:32], device), config)
+                write_pictures(out, step, ema, to_float(spread(test, 32), device), config)
 
             # A checkpoint after pictures, every five minutes, and before a signal ends the run.
             signum = signal_of_any_rank(signals)
-            if picture_due or signum or time.perf_counter() - saved > SAVE_EVERY:
-                saved = checkpoint()
+            if picture_due or signum or time.perf_counter() - start - saved > SAVE_EVERY:
+                saved = checkpoint(saved)
             if signum:
                 break
     return ema, step, signum
@@ -307,7 +309,7 @@ say = on_rank_0(functools.partial(print, flush=True))
 
 @on_rank_0
 def write(path: Path, *values, mode: str = "a"):
-    with open(path, mode) as file:
+    with open(path, mode, encoding="utf-8") as file:
         print(*values, sep=",", file=file)
 
 
@@ -341,23 +343,35 @@ def write_pictures(out: Path, step: int, model: nn.Module, x: Tensor, config: di
         write_png(out / f"{name}_{step:06d}.png", grid(to_uint8(images), columns=8))
 
 
+def spread(images: Tensor, n: int) -> Tensor:
+    """n of the images (all, if there are fewer), evenly spread: the first n can be of one kind."""
+    n = min(n, len(images))
+    return images[torch.linspace(0, len(images) - 1, n).long()]
+
+
 @on_rank_0
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, test: Tensor, config: dict,
+def evaluate(model: nn.Module, images: Tensor, test: Tensor, step: int, config: dict,
              device: torch.device) -> str:
-    """The last line of output: the ELBO, in float32, of test and of as many training images."""
+    """The last line of output: the ELBO, in float32, of test and of training images, ± the standard
+    error of the mean."""
     count, options = EVALUATION[config["model"]]
-    n = min(count, len(test))
-
-    def elbo(x: Tensor) -> str:
-        torch.manual_seed(config["seed"])
-        batches = x[:n].split(config["batch_size"] // RANKS)
-        bits = torch.cat([model.bits_per_dim(to_float(x, device), **options) for x in batches])
-        nats = -bits.mean().item() * math.log(2) * math.prod(config["image_shape"])
-        return f"{nats:.1f} nats, {bits.mean():.3f} bits/dim"
-
     k = "".join(f", {k} random t each" for k in options.values())
-    return f"test ELBO {elbo(test)} ({n:,} images{k}); as many training images: {elbo(images)}"
+
+    def elbo(images: Tensor) -> str:
+        torch.manual_seed(config["seed"])
+        batches = [to_float(x, device)
+                   for x in spread(images, count).split(config["batch_size"] // RANKS)]
+        bits = torch.cat([model.bits_per_dim(x, **options) for x in batches])
+        nats = -bits.mean().item() * math.log(2) * math.prod(config["image_shape"])
+        error = bits.std(correction=0) / len(bits)**0.5
+        text = f"{nats:.1f} nats, {bits.mean():.3f} ± {error:.3f} bits/dim"
+        if config["model"] == "vae":
+            kl = torch.cat([model.elbo(x)["kl"] for x in batches]).mean()
+            text += f", of which KL {kl:.1f} nats"
+        return f"{text} ({len(bits):,} images{k})"
+
+    return f"step {step:,}: test ELBO {elbo(test)}; training ELBO {elbo(images)}"
 
 
 # ---------------------------------------------------------------- data
@@ -389,23 +403,27 @@ def load_images(data: Path) -> tuple[Tensor, Tensor]:
 def read_idx(folder: Path, split: str) -> Tensor:
     """The images of <split>-images-idx3-ubyte or <split>-images.idx3-ubyte, gzipped or not, as
     uint8 (N, 1, H, W). OSError or ValueError otherwise."""
-    found = folder.glob(f"{split}-images?idx3-ubyte*")
-    path = min((path for path in found if path.is_file()), default=None)
-    if path is None:
+    names = [f"{split}-images{dot}idx3-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
+    paths = [folder / name for name in names if (folder / name).is_file()]
+    if not paths:
         raise ValueError(f"{folder}: {split}-images-idx3-ubyte(.gz) not found. To turn a folder of "
                          'pictures into a .pt file, see "Your own images" in the README')
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":  # gzip, whatever the file is called
-            data = gzip.decompress(data)
+        contents = [path.read_bytes() for path in paths]
+        # gzip, whatever the file is called
+        contents = {gzip.decompress(x) if x[:2] == b"\x1f\x8b" else x for x in contents}
+        if len(contents) > 1:
+            raise ValueError("they differ: keep one")
         # Two zero bytes, 8 for uint8, 3 for the number of dimensions; then N, H and W.
+        (data,) = contents
         magic, *shape = struct.unpack_from(">4s3I", data)
         pixels = bytearray(data[16:])
         if magic != b"\0\0\x08\x03" or len(pixels) != math.prod(shape) or not pixels:
             raise ValueError(f"the header says {magic}, {shape}, and {len(pixels)} bytes follow")
         return torch.frombuffer(pixels, dtype=torch.uint8).view(shape)[:, None]
     except (EOFError, gzip.BadGzipFile, zlib.error, struct.error, ValueError) as error:
-        raise ValueError(f"{path}: not an IDX file of grey images, or damaged ({error})") from error
+        raise ValueError(f"{', '.join(map(str, paths))}: not an IDX file of grey images, or "
+                         f"damaged ({error})") from error
 
 
 # ---------------------------------------------------------------- command line
@@ -451,10 +469,12 @@ def configure(options: dict, saved: dict | None, device_type: str) -> dict:
 
 
 def prepare(options: dict) -> tuple:
-    """Checks everything before any file changes; returns `train`'s arguments. Raises ValueError or
-    OSError."""
+    """Checks everything before any file changes; returns `train`'s arguments. Raises ValueError,
+    OSError or, for a network too large, RuntimeError."""
     # Device and options, of a new run or a resumed one.
     out = options.pop("out", Path("runs", options["model"]))
+    if out == Path():
+        raise ValueError("--out must name a folder, and not the current one")
     checkpoint, state = out / "checkpoint.pt", None
     if options.pop("resume", False):
         state, _ = read_checkpoint(checkpoint)
@@ -506,7 +526,7 @@ def main(argv: list[str] | None = None):
         if RANKS > 1:
             nccl = device.type == "cuda" and distributed.is_nccl_available()  # not on Windows
             distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    except (ValueError, OSError, RuntimeError) as error:  # too large a network: RuntimeError
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     size = sum(parameter.numel() for parameter in model.parameters())
     say(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
@@ -520,21 +540,25 @@ def main(argv: list[str] | None = None):
     except FloatingPointError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{error}; --resume continues from the last checkpoint, if there is one")
-    except torch.OutOfMemoryError:
+        parser.error(f"{out / 'checkpoint.pt'}: {error}; --resume continues from the last "
+                     "checkpoint, if there is one")
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU alone
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
         parser.error("out of memory: start again with a smaller --batch-size, in another --out")
     finally:
         if RANKS > 1:
             distributed.destroy_process_group()
-    folder = re.sub(r".*[^\w./:-].*", r'"\g<0>"', out.as_posix())  # quoted, for cmd.exe, too
+    quote = shlex.quote if os.name == "posix" else '"{}"'.format  # for cmd.exe
     if signum:
         launcher = f"torchrun --nproc_per_node={RANKS}" if RANKS > 1 else "python"
         say(f"stopped at step {step:,} of {config['steps']:,}; to resume: {launcher} train.py "
-            f"--model {config['model']} --out {folder} --resume")
+            f"--model {config['model']} --out {quote(f'{out}')} --resume")
         sys.exit(128 + signum)
-    result = evaluate(ema, images, test, config, device)
+    say("computing the test ELBO ...")
+    result = evaluate(ema, images, test, step, config, device)
     write(out / "result.txt", result, mode="w")
-    say(f"{result}; to sample: python sample.py --checkpoint {folder}/checkpoint.pt")
+    say(f"{result}; to sample: python sample.py --checkpoint {quote(f'{out}/checkpoint.pt')}")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """Maps x_t, (B, in_channels, H, W), and t, (B,) or (), to (B, out_channels, H, W).
 
-    H and W must be divisible by 2^(levels − 1), where levels = len(multipliers).
+    t is in 1..T with T about 1,000; scale a t in [0, 1] by 1000. H and W must be divisible by
+    2^(levels − 1), where levels = len(multipliers).
 
     Args:
         channels: width of the stem, a multiple of 4.

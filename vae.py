@@ -100,7 +100,7 @@ class VAE(nn.Module):
         """q_φ(z | x) = N(z | μ_φ(x), diag σ_φ²(x))    (1.2): (mu, log_var), (B, d, …)."""
         check_floats(x)
         output = self.encoder(x).to(x.dtype)  # under autocast the network returns bfloat16
-        if output.shape[1] % 2:
+        if output.ndim < 2 or len(output) != len(x) or output.shape[1] % 2:
             raise ValueError(f"the encoder must return (B, 2d, …), got {tuple(output.shape)}")
         return output.chunk(2, dim=1)
 
@@ -153,7 +153,8 @@ class VAE(nn.Module):
     def kl(self, mu: Tensor, log_var: Tensor) -> Tensor:
         """KL(q_φ(z | x) ‖ p(z)) = ½ Σ_i (σ_i² − 1 + μ_i² − log σ_i²), (B,)    Thm 1.3, (1.26)
 
-        Each coordinate of z has its own σ_i; (1.26) has a single σ_φ.
+        Each coordinate of z has its own σ_i; (1.26) has a single σ_φ. What changes `kl` changes the
+        bound: a β-VAE overrides `loss`.
         """
         return 0.5 * (log_var.exp() - 1 + mu.square() - log_var).flatten(1).sum(1)
 
@@ -173,7 +174,7 @@ class VAE(nn.Module):
         """−ELBO / D    Thm 1.4: a scalar, the batch mean, in nats per pixel (1/D only rescales it).
 
         Minimising it is (1.35), which is Def. 1.4, (1.12), for two Gaussians. ((1.35) is misprinted
-        with + before the KL; (1.32) has −.)
+        with + before the KL; (1.32) has −.) The loss can be negative, as a density can exceed 1.
         """
         terms = self.elbo(x)
         return (terms["kl"] - terms["reconstruction"]).mean() / math.prod(x.shape[1:])
@@ -181,13 +182,13 @@ class VAE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.loss(x)  # vae(x) is the loss, also inside DistributedDataParallel
 
-    @torch.no_grad()
     def sample(self, z: Tensor) -> Tensor:
-        """x̂ = f_θ(z), for z ~ N(0, I)    Fig. 1.7: new images. The encoder is not needed.
-
-        This is the mean of p_θ(x | z); drawing x would add noise of standard deviation σ_dec.
-        """
-        return self.decode(z)
+        """x̂ = f_θ(z), for z ~ N(0, I)    Fig. 1.7: new images; only the decoder is needed. This is
+        the mean of p_θ(x | z); drawing x would add noise of standard deviation σ_dec."""
+        if z.requires_grad and torch.is_grad_enabled():
+            raise ValueError("z requires a gradient, but `sample` has none; `decode` has")
+        with torch.no_grad():
+            return self.decode(z)
 
     # -------------------------------------------------- not in the paper
 
@@ -199,7 +200,8 @@ class VAE(nn.Module):
 
         u is uniform over a pixel's bin, 2/255 wide on [-1, 1] ("A note on the evaluation of
         generative models", arXiv 1511.01844). One u is drawn for each x. p_θ(x | z) must be a
-        density, as in (1.3); if a subclass makes it a probability (Bernoulli), use its `elbo`.
+        density, as in (1.3); if a subclass makes it a probability (Bernoulli), use its `elbo`. If
+        a network has dropout, call `eval()` first.
         """
         check_pixels(x)
         u = (torch.rand_like(x) - 0.5) * (2 / 255)
@@ -208,10 +210,13 @@ class VAE(nn.Module):
         return (-elbo / math.prod(x.shape[1:]) - math.log(2 / 255)) / math.log(2)
 
 
-def check_floats(x: Tensor):
+def check_floats(x: Tensor, *dtypes: torch.dtype):
+    """Raises ValueError unless x is a non-empty float tensor (of one of `dtypes`, if given)."""
+    kind = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
     if not isinstance(x, Tensor) or not x.is_floating_point() or 0 in x.shape:
-        kind = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
         raise ValueError(f"x must be a non-empty float tensor, images in [-1, 1], got {kind}")
+    if dtypes and x.dtype not in dtypes:
+        raise ValueError(f"x must be {' or '.join(map(str, dtypes))}, got {kind}")
 
 
 def check_pixels(x: Tensor):
