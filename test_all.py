@@ -5,6 +5,7 @@ integration, or a Monte-Carlo mean with a tolerance of 5 of its own standard err
 of `python vae.py` and `python ddpm.py` show has no second test after TestExamples. Then, in order:
 section 1, section 2, the network, files, whole runs, the README, and what it promises.
 """
+import errno
 import functools
 import gzip
 import inspect
@@ -21,12 +22,15 @@ import sys
 import tempfile
 import time
 import unittest
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
 from unittest import mock
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch works without it
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +120,8 @@ class TestExamples(Test):
                     section.main()
                 output.seek(0)
                 head, *lines = output.read().splitlines()
-                self.assertEqual([line[27:] for line in lines], [row[0] for row in rows(section)])
+                shown = [f"{a.mean():12.5f}{b.mean():12.5f}{what}" for what, a, b in rows(section)]
+                self.assertEqual([line[:24] + line[27:] for line in lines], shown)
                 for line in (head, *lines):  # misprints are marked
                     self.assertEqual("≠" in line, "print" in line, line)
 
@@ -133,7 +138,8 @@ class TestGaussianMixture(Test):
         self.assertMean(draws, mu[1])
         self.assertMean((draws - mu[1])**2, sigma[1]**2)
         for pi, mu, sigma in (([1], [[0], [1]], [1]), ([1, -1], [[0], [1]], [1, 1]),
-                              ([1, 1], [[0], [1]], [1, -1]), ([1, 1], [0, 1], [1, 1])):
+                              ([1, 1], [[0], [1]], [1, -1]), ([1, 1], [0, 1], [1, 1]),
+                              ([1, 1], [[0], [1]], [1])):
             self.assertRaises(ValueError, GaussianMixture, *map(torch.tensor, (pi, mu, sigma)))
 
 
@@ -182,8 +188,12 @@ class TestVAE(Test):
 
     def test_every_size_from_8_up(self):
         for shape in ((1, 8, 8), (1, 28, 28), (3, 32, 32), (1, 33, 33), (2, 9, 31)):
-            vae = random_weights(small_vae(shape))
-            vae.loss(torch.rand(2, *shape) * 2 - 1).backward()
+            vae, x = random_weights(small_vae(shape)), torch.rand(2, *shape) * 2 - 1
+            losses = []
+            for f in (vae.loss, lambda x: (terms := vae.elbo(x))["kl"] - terms["reconstruction"]):
+                torch.manual_seed(0)
+                losses.append(f(x).mean())
+            self.assertClose(losses[0].item(), losses[1].item() / x[0].numel(), rtol=1e-4)
             images = vae.sample(torch.randn(3, 4))
             self.assertEqual((images.shape, images.requires_grad), ((3, *shape), False))
             self.assertLessEqual(images.abs().max().item(), 1)
@@ -196,9 +206,32 @@ class TestVAE(Test):
         for kind, x in NO_FLOATS:
             for method in (small_vae().loss, small_vae().bits_per_dim, small_vae().encode):
                 self.assertRefuses(f"float tensor.*{kind}", method, x)
-        vae = VAE(lambda x: x, lambda z: torch.zeros(2, 5))
-        self.assertRefuses("2, 4.*got .2, 5", vae.loss, torch.zeros(2, 4))
-        self.assertRefuses("2d.*2, 3", vae.loss, torch.zeros(2, 3))
+        vae, x = VAE(lambda x: x, lambda z: torch.zeros(2, 5)), torch.zeros(2, 4)
+        self.assertEqual(vae.decoder_std, 0.6)
+        self.assertRefuses("2, 4.*got .2, 5", vae.loss, x)
+        for shape in ((2, 3), (1, 4), (2,)):
+            vae = VAE(lambda x: torch.zeros(shape), lambda z: z)
+            self.assertRefuses(rf"2d.*got {re.escape(str(shape))}", vae.loss, x)
+
+    def test_what_has_no_gradient_says_so(self):
+        ddpm, vae = DDPM(lambda x, t: x, cosine_alphas(10)), VAE(None, lambda z: z)
+        x = torch.zeros(2, 4, requires_grad=True)
+        self.assertRefuses("ddim_chain.__wrapped__", ddpm.sample, x, 3)
+        self.assertRefuses("decode", vae.sample, x)
+        with torch.no_grad():
+            self.assertEqual(ddpm.sample(x, 3).shape, vae.sample(x).shape)
+        *_, (_, x_0) = DDPM.ddim_chain.__wrapped__(ddpm, x, 3)
+        self.assertTrue(x_0.requires_grad)
+
+    def test_both_files_in_one_notebook(self):
+        x = torch.zeros(2, 4)
+        for sections in ((section_1, section_2), (section_2, section_1)):
+            names = {"__name__": "notebook"}
+            for section in sections:
+                exec(inspect.getsource(section), names)
+            self.assertRefuses("8-bit", names["VAE"](lambda x: x, lambda z: z).bits_per_dim, x + 3)
+            ddpm = names["DDPM"](lambda x, t: x, cosine_alphas(10))
+            self.assertRefuses("float16", ddpm.elbo, x.half())
 
 
 class TestSchedules(Test):
@@ -222,6 +255,9 @@ class TestSchedules(Test):
         quantiles = torch.distributions.Cauchy(-1.5, 1.1).cdf((alpha_bar / (1 - alpha_bar)).log())
         self.assertClose(quantiles, torch.linspace(*quantiles[[0, -1]].tolist(), 1001), rtol=1e-5)
         self.assertClose((1 - alpha_bar[0]).sqrt(), 0.00203, rtol=0.01)
+        for T, r in ((1000, 0), (100, math.log(10))):
+            ends = cauchy_alphas(T).cumprod(0)[[0, -1]].logit()
+            self.assertClose(ends, torch.tensor([12.4 - 2 * r, -10 + 1.15 * r]))
         # A short chain's bound is cosine's, to a tenth, and the variance of its samples.
         for T in (400, 130, 60, 27, 20):
             chains = [ExactDDPM(schedule(T), clip=True, mu=(-0.7, 0.6), sigma=(0.05, 0.1))
@@ -243,10 +279,14 @@ class TestSchedules(Test):
         for wrong, got in (([0.5], r"\(1,\)"), ([0.5, 1.0], "1.0"), ([0.5, 0.0, 0.5], "0.0"),
                            ([0.5] * 999 + [math.nan], "nan"), ([[0.5, 0.5]], r"\(1, 2\)")):
             self.assertRefuses(rf"between 0 and 1, got {got}\Z", DDPM, None, wrong)
-        DDPM(None, 1 - torch.linspace(1e-4, 0.02, 300))
-        for T in (100, 200):  # ᾱ_T = 0.36 and 0.13, above 0.048
-            wrong = 1 - torch.linspace(1e-4, 0.02, T)
-            self.assertRefuses(r"0\.\d+ but must lie", DDPM, None, wrong)
+        for product, fits in ((0.101, False), (0.099, True), (1e-49, True), (1e-51, False)):
+            alphas = [product ** (1 / 500)] * 500
+            if fits:
+                self.assertClose(DDPM(None, alphas).alpha_bar[500], product, atol=0)
+            else:
+                self.assertRefuses("but must lie in 1e-50..0.1", DDPM, None, alphas)
+        self.assertRefuses("0.39 but must be at least", DDPM, None, [0.39] * 3)
+        DDPM(None, [0.4] * 3)
         # A list is as good as a tensor of float64; no table has a nan.
         ddpm = DDPM(None, linear_alphas(10).tolist())
         self.assertSame(ddpm.alpha[1:], linear_alphas(10))
@@ -266,10 +306,10 @@ class TestForward(Test):
 
     def test_a_network_in_bfloat16(self):
         # As under autocast. The chain keeps its own precision.
-        ddpm = DDPM(lambda x, t: x.bfloat16(), cosine_alphas(1000))
+        ddpm = DDPM(lambda x, t: x.bfloat16() + t[:, None] * 0, cosine_alphas(1000))
         for dtype in (torch.float32, torch.float64):
             x_t = torch.randn(3, 2, dtype=dtype)
-            self.assertEqual(ddpm.predict_noise(x_t, 500).dtype, dtype)
+            self.assertEqual(ddpm.predict_noise(x_t, torch.tensor(500)).dtype, dtype)
 
     def test_bad_arguments(self):
         seen, x = [], torch.zeros(3, 1, 2, 2)
@@ -277,6 +317,8 @@ class TestForward(Test):
         for t in (0, 11, -1, torch.tensor([1, 2, 0]), torch.tensor([1, 2]), 1.5, math.nan):
             for method in (ddpm.q_marginal, ddpm.predict_x0, ddpm.predict_noise):
                 self.assertRefuses("t must be .*in 1..10", method, x, t)
+        for t in (0.5, torch.rand(3)):  # of other methods, from 0 to 1
+            self.assertRefuses("t must be integers", ddpm.output, x, t)
         self.assertRefuses(r"got 11\Z", ddpm.q_marginal, torch.zeros(99), torch.arange(3, 102))
         for dtype in (torch.uint8, torch.int32):  # an index of bytes would be a mask
             t, marginal = torch.tensor([1, 5, 10]), DDPM(None, cosine_alphas(1000)).q_marginal
@@ -289,13 +331,14 @@ class TestForward(Test):
         for dtype in (torch.bfloat16, torch.float16):
             for method in (ddpm.elbo, ddpm.chain, ddpm.sample):
                 self.assertRefuses(str(dtype), method, x.to(dtype))
-        for value in (2, math.nan):
+        for value in (1.01, math.nan):
             self.assertRefuses(f"is {value}", ddpm.elbo, x - value)
         one = DDPM(lambda x, t: x[:1], cosine_alphas(10))
         self.assertRefuses(r"denoiser: .*\(3, 1.*got \(1", one.loss, x)
         self.assertRefuses("'x'", DDPM, None, cosine_alphas(10), predict="x")
         for steps, eta in ((0, 0), (11, 0), (2.5, 0), (5, -0.1), (5, 1.1), (5, math.nan), ("5", 0),
-                           ([], 0), ([3, 5], 0), ([5, 5, 1], 0), ([5, 0], 0), ([11, 2], 0)):
+                           ([], 0), ([3, 5], 0), ([5, 5, 1], 0), ([5, 0], 0), ([11, 2], 0),
+                           (True, 0), (torch.tensor([3, 5]), 0), (range(0, 10), 0)):
             self.assertRaises(ValueError, ddpm.sample, x, steps, eta)
         for k in (0, 1.5):
             self.assertRaises(ValueError, ddpm.elbo, x, k)
@@ -323,6 +366,15 @@ class TestLoss(Test):
         ddpm.q_sample = lambda x_0, t, noise: x_0 + 7
         ddpm.loss(x_T)
         self.assertSame(seen.pop(), x_T + 7)
+        ddpm.output = lambda x_t, t: torch.full_like(x_t, 1e4)  # guidance
+        self.assertClose(ddpm.loss(x_T), 1e8, rtol=1e-3)
+        terms = []
+        for factor in (1, 100):  # another variance: `elbo` ignores it
+            exact.p_transition = lambda x_t, t: [
+                y * c for y, c in zip(DDPM.p_transition(exact, x_t, t), (1, factor))]
+            torch.manual_seed(0)
+            terms.append(exact.elbo(torch.zeros(40).double()))
+        self.assertSame(*terms)
 
     def test_every_t_is_as_likely(self):
         seen = []
@@ -404,11 +456,13 @@ class TestMixture(Test):
             self.assertClose(x_t, expected)
         self.assertEqual([t for t, _ in ddpm.reverse_chain(x_T)], list(range(99, -1, -1)))
         for times in ([0], [1, 0], [81, 46, 1, 0], list(range(99, -1, -1))):
-            for steps in (len(times), float(len(times)), [100, *times[:-1]]):
+            falling = [100, *times[:-1]]
+            for steps in (len(times), float(len(times)), falling, torch.tensor(falling)):
                 self.assertEqual([t for t, _ in ddpm.ddim_chain(x_T, steps)], times)
         # Where x_0 is known and η = 0, one ε leads to all x_t; and a chain may begin anywhere.
         x_0 = torch.full_like(x_T, 0.3)
         knows = DDPM(lambda x, t: x_0, ddpm.alpha[1:], "image")
+        self.assertEqual(ddpm.times(range(70, 0, -1)), list(range(70, 0, -1)))
         chain = dict(knows.ddim_chain(knows.q_sample(x_0, 70, x_T), [70, 12, 5], 0))
         self.assertEqual(list(chain), [12, 5, 0])
         for t, x_t in chain.items():
@@ -461,6 +515,8 @@ class TestElbo(Test):
             elbo = terms["reconstruction"] - prior - terms["consistency"]
             self.assertMean(ddpm.bits_per_dim(x_0, k) + elbo / (4 * math.log(2)), 0)
         self.assertLess(terms["consistency"].std(), total)  # of one t's 4 squared errors alone
+        times, _ = ddpm.importance_sampling(3, 20_000)  # a t for each image, from 2 to T
+        self.assertEqual((times.shape, times.unique().tolist()), ((3, 20_000), [*range(2, 21)]))
 
 
 def small_unet(**options):
@@ -495,7 +551,7 @@ class TestMeta(Test):
                       small_vae(decoder_std="learned")):
             torch.autograd.grad(model.to("meta").loss(x), list(model.parameters()))
         with patch(torch.Tensor, "__bool__", lambda all_pixels: True):
-            self.assertEqual(model.sample(model.encode(x)[0]).shape, x.shape)
+            self.assertEqual(model.sample(model.encode(x)[0].detach()).shape, x.shape)
             self.assertEqual(model.bits_per_dim(x).shape, (3,))
 
     def test_the_loss_is_one_graph_for_torch_compile(self):
@@ -587,12 +643,13 @@ class TestUNet(Test):
             self.assertAlmostEqual((seen[0] == 0).double().mean().item(), 0.5, delta=0.1)
 
     def test_bad_arguments(self):
-        for name, *values in (("channels", 6, 0), ("blocks", 0), ("multipliers", (), (1, 0)),
+        for name, *values in (("channels", 6, 0, -4), ("blocks", 0), ("multipliers", (), (1, 0)),
                               ("attention", (3,), (-1,), (True, False, False), (0, True))):
             for value in values:
                 self.assertRefuses(re.escape(str(value)), UNet, **{name: value})
         for expected, *shape in (("by 4, got 30 and 28", 1, 1, 30, 28), ("by 4", 1, 1, 28, 30),
-                                 (r"\(B, 1, H, W\).*3, 28", 3, 28, 28), ("2, 28", 3, 2, 28, 28)):
+                                 (r"\(B, 1, H, W\).*3, 28", 3, 28, 28), ("2, 28", 3, 2, 28, 28),
+                                 (r"\(3, 1, 28\)", 3, 1, 28)):
             self.assertRefuses(expected, UNet(), torch.zeros(shape), torch.ones(1))
 
     def test_a_trace_takes_batches_of_any_size_and_times_have_a_dtype(self):
@@ -600,6 +657,8 @@ class TestUNet(Test):
         with redirect_stderr(io.StringIO()):  # it warns of every Python value
             trace = torch.jit.trace(unet, (x[:3], t[:3]), check_trace=False)
         self.assertClose(trace(x, t), unet(x, t), rtol=1e-4, atol=1e-4)
+        output = unet(x, t)
+        self.assertClose(unet.double()(x.double(), t), output, rtol=1e-4, atol=1e-4)
         embedding = network.time_embedding(t, 32)
         self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.bfloat16)
@@ -614,16 +673,29 @@ class TestUNet(Test):
             self.assertClose(Fourier(lambda h, t: h * t, (3, 5))(x, 2), 2 * expected, atol=1e-4)
             self.assertSame(Fourier(lambda h, t: h, ())(x, 2), x)
 
-    def test_a_model_is_what_its_options_say(self):
-        options = {**train.configure({"model": "ddpm"}, None, "cpu"), "image_shape": [3, 32, 32],
-                   "timesteps": 50, "channels": 4, "dropout": 0.1}
-        for name, schedule, predict in (("cauchy", cauchy_alphas, "noise"),
-                                        ("cosine", cosine_alphas, "image"),
-                                        ("linear", linear_alphas, "noise")):
-            ddpm = sample.build_model({**options, "schedule": name, "predict": predict})
-            self.assertSame(ddpm.alpha[1:], schedule(50))
-            self.assertEqual(ddpm.predict, predict)
-        self.assertEqual({m.p for m in ddpm.modules() if isinstance(m, nn.Dropout)}, {0.1})
+    def test_every_option_reaches_its_model(self):
+        def kinds(model, kind):
+            return [module for module in model.modules() if isinstance(module, kind)]
+
+        for text, value, expected in (
+                ("ddpm --timesteps 50", lambda m: m.T, 50),
+                ("ddpm --schedule linear", lambda m: m.alpha[9], linear_alphas(1000)[8]),
+                ("ddpm --schedule cosine", lambda m: m.alpha[9], cosine_alphas(1000)[8]),
+                ("ddpm --predict image", lambda m: m.predict, "image"),
+                ("ddpm --channels 8", lambda m: m.denoiser.network.stem.out_channels, 8),
+                ("ddpm --multipliers 1 3", lambda m: m.denoiser.network.down[2].shift.out_features,
+                 48),
+                ("ddpm --blocks 3", lambda m: len(m.denoiser.network.down), 3 * 3 + 2),
+                ("ddpm --attention 1", lambda m: len(kinds(m, network.Attention)), 1 + 1 + 2),
+                ("ddpm --dropout 0.25", lambda m: {x.p for x in kinds(m, nn.Dropout)}, {0.25}),
+                ("ddpm --fourier 2", lambda m: m.denoiser.exponents, [2]),
+                ("vae --latent-dim 3", lambda m: m.decoder[0].in_features, 3),
+                ("vae --channels 8", lambda m: m.encoder[0].out_channels, 8),
+                ("vae --decoder-std 0.5", lambda m: m.decoder_std, 0.5),
+                ("vae --decoder-std learned", lambda m: m.decoder_std.requires_grad, True)):
+            config = train.configure(train.parse_args(["--model", *text.split()])[1], None, "cpu")
+            model = sample.build_model({**config, "image_shape": [3, 32, 32]})
+            self.assertEqual(value(model), expected, text)
 
     def test_what_auto_chooses(self):
         # On machines of all kinds, by what torch says of them; up to 2.10 it says nothing of a CPU.
@@ -640,6 +712,8 @@ class TestUNet(Test):
                         (False, "cpu", "fp32"), (True, "cpu", "bf16"), (False, "cuda", "fp32")):
                     context = sample.autocast(torch.device(device), precision)
                     self.assertEqual(context == (device, torch.bfloat16), bf16)
+        with patch(torch, "ones", side_effect=RuntimeError("No. Driver, that is.\nNor GPU")):
+            self.assertRefuses("--device x: No$", sample.pick_device, "x")
 
 
 def decode_png(path):
@@ -705,6 +779,11 @@ class TestData(FileTest):
             Path("train-images-idx3-ubyte.gz").write_bytes(pack(idx(images[:, 0])))
             Path("t10k-images.idx3-ubyte").write_bytes(other(idx(images[:, 1])))
             self.assertSame(train.load_images(self.folder), (images[:, :1], images[:, 1:2]))
+        Path("train-images-idx3-ubyte (1).gz").write_bytes(idx(images[:, 2]))  # a second download
+        Path("train-images-idx3-ubyte").write_bytes(idx(images[:, 0]))  # beside its archive
+        self.assertSame(train.read_idx(self.folder, "train"), images[:, :1])
+        Path("train-images-idx3-ubyte").write_bytes(idx(images[:, 2]))
+        self.assertRefuses("ubyte, .*ubyte.gz: .*differ", train.read_idx, self.folder, "train")
         torch.save(images, "x.pt")
         training = images[[i for i in range(100) if i % 32 > 0]]
         self.assertSame(train.load_images(Path("x.pt")), (training, images[::32]))
@@ -748,6 +827,18 @@ class TestCheckpoint(FileTest):
         with mock.patch("os.replace", wraps=os.replace, side_effect=refusals):
             sample.save(path, 3)
         self.assertEqual((sample.load(path), os.listdir(self.folder)), (3, ["x.pt"]))
+        # Without links, too, what is new takes no other's name, and what failed leaves none.
+        for link in (os.link, mock.Mock(side_effect=OSError(errno.ENOTSUP, "no links"))):
+            with mock.patch("os.link", link):
+                self.assertRaises(FileExistsError, sample.save, path, 4, replace=False)
+                path.unlink()
+                with mock.patch.multiple("os", replace=mock.Mock(side_effect=PermissionError),
+                                         link=mock.Mock(side_effect=OSError)):
+                    self.assertRaises(PermissionError, sample.save, path, 4, replace=False)
+                self.assertEqual(os.listdir(self.folder), [])
+                with mock.patch("os.fsync", side_effect=OSError(errno.EINVAL, "not here")):
+                    sample.save(path, 5, replace=False)
+                self.assertEqual((sample.load(path), os.listdir(self.folder)), (5, ["x.pt"]))
         with patch(torch.serialization, "location_tag", lambda storage: "cuda:0"):
             sample.save(path, torch.ones(3))  # from a GPU to a machine without one
         self.assertSame(sample.load(path), torch.ones(3))
@@ -802,6 +893,7 @@ class CommandTest(FileTest):
             command(*arguments, status=2, **options)
             line = re.sub(r"\r[^\n]*\n", "", self.errors)  # without the progress bar's
             self.assertRegex(line, rf"\A(train|sample)\.py: error: .*{expected}.*\n\Z")
+            self.assertLess(len(line), 700)
 
     def start(self, script, options, launcher=(), **more):
         """In a process of its own."""
@@ -834,15 +926,19 @@ class TestRun(CommandTest):
     def test_samples_and_the_film_strip_of_a_ddpm(self):
         # In batches of 5 and 1, by the moving average of the weights, without dropout.
         output = self.train("ddpm", "--steps 20 --lr 0.01 --dropout 0.1")
-        self.assertRegex(output, r"test ELBO .*\(60 images, 20 random t each\).*sample\.py")
-        self.draw("-n 6 --out x.pt --strip strip.png")
+        self.assertRegex(output, r"test ELBO .*\(60 images, 5 random t each\); training ELBO .*"
+                                 r"\(256 images, 5 random t each\); to sample: python sample\.py")
+        self.draw("-n 6 --out x.pt --steps 10 --strip strip.png")
+        self.assertEqual(decode_png("strip.png").shape, (1, 8 * 30 + 2, 11 * 30 + 2))
+        printed = self.draw("-n 6 --out x.PT --strip strip.png")
+        self.assertRegex(printed, "^wrote x.PT, strip.png, from .*checkpoint.pt, step 20 of 20$")
         state, ddpm = sample.read_checkpoint(self.checkpoint)
         ddpm.load_state_dict(state["ema"])
         torch.manual_seed(0)
         chains = [[x_T, *(x_t for _, x_t in ddpm.reverse_chain(x_T))]
                   for x_T in torch.randn(6, 1, 28, 28).split(5)]
         drawn = torch.cat([chain[-1] for chain in chains])
-        self.assertSame(sample.load("x.pt"), sample.to_uint8(drawn))
+        self.assertSame(sample.load("x.PT"), sample.to_uint8(drawn))
         # Of each of the first 4 a row of x_t, t = 20, 18, …, 0, and one of x̂_θ(x_t).
         x_t = torch.stack(chains[0], dim=1)[:4]
         hats = [ddpm.predict_x0(x_t[:, i], 20 - i) for i in range(20)] + [x_t[:, 20]]
@@ -861,6 +957,22 @@ class TestRun(CommandTest):
         self.assertMistake("only 20", self.draw, "--steps 21")
         self.assertMistake("a ddpm", self.draw, "--latent-grid x.png")
 
+    def test_a_subclass_is_what_is_drawn_and_measured(self):
+        class Grey(DDPM):
+            def predict_x0(self, x_t, t):
+                return torch.zeros_like(x_t)
+
+        def build(config):
+            return Grey(small_unet(), cauchy_alphas(20))
+
+        with patch(train, "build_model", build), patch(sample, "build_model", build):
+            output = self.train("ddpm", "--steps 2")
+            self.draw("-n 2 --out x.pt")
+        bits = build({}).bits_per_dim(sample.to_float(train.load_images(self.data)[1], CPU)).mean()
+        self.assertClose(float(re.search(r"([\d.]+) ± ", output)[1]), bits, rtol=0.05)
+        self.assertTrue((sample.load("x.pt") == 128).all())
+        self.assertEqual(decode_png(self.out / "samples_000002.png").unique().tolist(), [0, 128])
+
     def test_the_pictures_of_a_ddpm(self):
         # From fixed noise, which they show here: 16 at a time, by at most 50 steps of DDIM.
         config = {**train.configure({"model": "ddpm", "seed": 3, "batch_size": 16}, None, "cpu"),
@@ -877,7 +989,7 @@ class TestRun(CommandTest):
         # A run's are in its precision, from noise of its seed; the rest is in float32, from 0's.
         self.train("vae", "--epochs 1 --latent-dim 2 --seed 3 --precision bf16")
         vae, (_, test) = sample.read_checkpoint(self.checkpoint)[1], train.load_images(self.data)
-        x = sample.to_float(test[:32], CPU)
+        x = sample.to_float(test[[i * 59 // 31 for i in range(32)]], CPU)  # evenly spread
         torch.manual_seed(3)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             samples = torch.cat([vae.sample(z) for z in torch.randn(64, 2).split(16)])
@@ -892,20 +1004,27 @@ class TestRun(CommandTest):
         z = [[z_1, z_2] for z_2 in reversed(z) for z_1 in z]  # z_2 upwards, z_1 to the right
         self.assertPicture("grid.png", vae.sample(torch.tensor(z)))
 
-    @mock.patch.dict(train.EVALUATION, vae=(40, {}))
+    @mock.patch.dict(train.EVALUATION, vae=(100, {}))
     def test_the_last_line(self):
-        # Means over as many test and training images, in float32.
+        # Means over evenly spread test and training images, in float32, ± their standard error.
         output = self.train("vae", "--steps 20 --seed 3 --precision bf16")
         vae, data = sample.read_checkpoint(self.checkpoint)[1], train.load_images(self.data)
         elbo = []
         for images in data:
+            n = min(100, len(images))
+            spread = [images[round(i * (len(images) - 1) / (n - 1) - 0.5 + 1e-9)] for i in range(n)]
+            batches = sample.to_float(torch.stack(spread), CPU).split(16)
             torch.manual_seed(3)
-            batches = sample.to_float(images[:40], CPU).split(16)
-            bits = torch.cat([vae.bits_per_dim(x) for x in batches]).mean().item()
-            elbo.append(f"{-bits * 784 * math.log(2):.1f} nats, {bits:.3f} bits/dim")
-        line = f"test ELBO {elbo[1]} (40 images); as many training images: {elbo[0]}"
+            bits = torch.cat([vae.bits_per_dim(x) for x in batches])
+            kl = torch.cat([vae.elbo(x)["kl"] for x in batches]).mean()
+            nats, error = -bits.mean() * 784 * math.log(2), bits.std(correction=0) / n**0.5
+            elbo.append(f"{nats:.1f} nats, {bits.mean():.3f} ± {error:.3f} bits/dim, of which KL "
+                        f"{kl:.1f} nats ({n} images)")
+        line = f"step 20: test ELBO {elbo[1]}; training ELBO {elbo[0]}"
         self.assertIn(f"\n{line}; to sample: python sample.py", output)
-        self.assertEqual((self.out / "result.txt").read_text(), f"{line}\n")
+        # A finished run that is resumed computes it again, and the file has one line.
+        self.assertIn(line, self.train("vae", "--resume --precision bf16 --steps 20"))
+        self.assertEqual((self.out / "result.txt").read_text(encoding="utf-8"), f"{line}\n")
 
     def test_colour(self):
         # Bright enough for no warning; in files whose suffix is in any case.
@@ -927,7 +1046,9 @@ class TestRun(CommandTest):
         env, self.out = {**os.environ, "PYTHONIOENCODING": "ascii"}, Path("runs", "модель", "a")
         options = "--model vae --steps 1 --device cpu".split()
         output = self.finish(self.start("train.py", [*options, "--out", self.out], env=env))
-        self.assertRegex(output, r"60,000 images(?s:.*)runs/\?{6}/a/checkpoint.pt")
+        self.assertRegex(output, r"vae: 853,748 parameters, 60,000 images of 1x28x28, on cpu\n"
+                                 r"computing the test ELBO ...\n"
+                                 r"step 1: .*'runs/\?{6}/a/checkpoint.pt'")
         self.assertIsNone(sample.load(self.checkpoint)["config"]["data"])
         self.call(train.main, [*options, "--data", self.data])
         os.utime(Path("runs", "vae", "checkpoint.pt"), (0, 0))
@@ -958,30 +1079,46 @@ class TestReadme(FileTest):
         self.assertEqual({name for code, name, *_ in links if not code}, labels)
         named = re.findall(r"\| ((?:Ex\.|Thm|Training|\(\d)[^|\n]*) \|$", self.text, re.M)
         self.assertLessEqual(set(", ".join(named).split(", ")), labels)
-        for path in re.findall(r"\]\(([\w/.]+)\)", self.text):
-            self.assertTrue((HERE / path).exists(), path)
-        for file, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", self.text, re.M):
-            self.assertEqual((HERE / file).read_bytes().count(b"\n"), int(lines), file)
+        headings = {re.sub("[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+                    for title in re.findall("^#+ (.*)$", self.text, re.M)}
+        paths = re.findall(r"(?:\]\(|src=.)(#?[-\w/.]+)[)\"]", self.text)
+        for path in paths:
+            self.assertTrue(path[1:] in headings or (HERE / path).exists(), path)
+
+    def test_every_equation_can_be_found(self):
+        # All that the paper's first two sections number, but for steps of proofs.
+        ends = ((1, 1), (2, 2), (2, 3), (1, 4), (1, 6), (1, 10), (1, 12), (2, 8), (2, 17))
+        numbers = {f"({a}.{b})" for a, b in ends} | {
+            f"({a}.{b})" for a, first, last in (
+                (1, 13, 20), (1, 22, 26), (1, 29, 35), (2, 1, 17), (2, 20, 21), (2, 23, 26),
+                (2, 31, 32), (2, 34, 38), (2, 41, 44), (2, 47, 60)) for b in range(first, last + 1)}
+        text = self.text + inspect.getsource(section_1) + inspect.getsource(section_2)
+        self.assertEqual({number for number in numbers if number not in text}, set())
 
     def test_every_command_parses_and_the_parameters_of_every_run(self):
         commands = re.findall(r"(?:python|torchrun) [^`#\n]*?(\w+)\.py([^`#&…\n]*)", self.text)
-        runs = {}
-        self.assertGreater(len(commands), 15)
+        self.assertGreater(len(commands), 12)
         for script, options in commands:
             self.assertTrue((HERE / f"{script}.py").exists(), script)
             if script == "sample":
                 sample.parse_args(options.split())
             elif "--model" in options:
-                _, given = train.parse_args(options.split())
-                out = given.pop("out", Path("runs", given["model"]))
-                given.pop("resume", None)
-                runs[out.name] = given
-        results = re.findall(r"^\| `(\w+)`(.*?)\|.*?\| ([\d,]+) \|", self.text, re.M)
-        self.assertGreater(len(results), 5)
-        for name, where, count in results:  # of the command that writes to runs/name
-            config = train.configure(runs[name], None, "cuda" if "CUDA" in where else "cpu")
+                train.parse_args(options.split())
+        results = re.findall(r"^\| `(\w+)`(.*?)\| (.*?) \|.*?\| ([\d,]+) \|", self.text, re.M)
+        self.assertEqual([name for name, *_ in results],
+                         ["plain", "cauchy", "ddpm", "x0", "ddpm", "vae", "learned"])
+        for name, where, options, count in results:
+            model = "vae" if name in ("vae", "learned") else "ddpm"
+            given = options.strip("–`").split()
+            config = train.configure(train.parse_args(["--model", model, *given])[1], None,
+                                     "cuda" if "CUDA" in where else "cpu")
+            self.assertEqual(config.get("predict") == "image", name == "x0")
             model = sample.build_model({**config, "image_shape": [1, 28, 28]})
             self.assertEqual(f"{sum(p.numel() for p in model.parameters()):,}", count, name)
+        on_cuda, = re.findall(r"for a large card: `([^`]*)`", self.text)
+        given = train.parse_args(["--model", "ddpm", *on_cuda.split()])[1]
+        self.assertEqual(train.configure(given, None, "cpu"),
+                         train.configure({"model": "ddpm"}, None, "cuda"))
         cifar = UNet(3, 3, 128, (1, 2, 2, 2), blocks=2, attention=(1,))
         self.assertIn(f"{sum(p.numel() for p in cifar.parameters()):,}", UNet.__doc__)
 
@@ -990,42 +1127,74 @@ class TestReadme(FileTest):
         self.assertEqual(vars(args), {**dict.fromkeys(vars(args)), "n": 64, "seed": 0,
                                       "device": "auto", "precision": "auto"})
         images, options = train.EVALUATION["ddpm"]
+        nats = {name: (float(a.replace(",", "")), float(b)) for name, a, b in re.findall(
+            r"^\| `(\w+)` \|.* −([\d,]+) nats \| ([\d.]+)", self.text, re.M)}
+        bits = {name: b for name, (_, b) in nats.items()}
         for pattern, *values in (
                 (r"a row every (\d+) steps", train.ROW_EVERY),
                 (r"at most (\d+) times", train.MAX_PICTURES), (r"every (\d+)nd image", 32),
                 (r"(\d+) samples from fixed noise", 64), (r"DDPM: (\d+) steps of DDIM", 50),
-                (r"(\d+) test images, (\d+) random t", images, options["k"]),
+                (r"([\d,]+) test images spread evenly over all, (\d+) random t", f"{images:,}",
+                 options["k"]),
                 (r"VAE: all ([\d,]*\d)", f"{train.EVALUATION['vae'][0]:,}"),
                 (r"at most (\w+) minutes", {300: "five"}[train.SAVE_EVERY]),
-                (r"H and W divisible by (\d+)", UNet().stride),
+                (r"H and W divisible by (\d+)", UNet().stride), (r"exit status (\d+)", 2),
                 (r"for longer: --steps (\d+)", 2 * train.RECIPES["ddpm"]["steps"]),
-                (r"--lr 1e-3 --steps (\d+)", train.RECIPES["ddpm on CUDA"]["steps"]),
+                (r"diffusers counts t from 0: (\w+) 1", "subtract"),
+                (r"schedule saves ([\d.]+) bits/dim, the Fourier features ([\d.]+)\.",
+                 f"{bits['plain'] - bits['cauchy']:.2f}", f"{bits['cauchy'] - bits['ddpm']:.2f}"),
                 (r"Only (`--\w+`).*?, (`--\w+`), (`--\w+`), (`--\w+`) and (`--\w+`) may change",
                  *(f"`--{name}`" for name in train.CHANGEABLE))):
             self.assertRegex(text, pattern)
             for match in re.finditer(pattern, text):
                 self.assertEqual(match.groups(), tuple(map(str, values)))
-        results = re.findall(r"−([\d,]+)[ |nats,;(]+(\d+\.(\d+))", self.text)
-        self.assertGreater(len(results), 5)
-        for nats, bits, digits in results:
-            unit = 784 * math.log(2)  # nats in a bit for every pixel
-            self.assertClose(float(nats.replace(",", "")), float(bits) * unit, rtol=0,
-                             atol=0.5 + 0.5 * 10**-len(digits) * unit)  # both are rounded
+        self.assertEqual(len(nats), 6)
+        unit = 784 * math.log(2)  # nats in a bit for every pixel
+        for name, (a, b) in nats.items():  # both are rounded
+            self.assertClose(a, b * unit, rtol=0, atol=0.5 + 0.5e-3 * unit)
 
     def test_every_block_of_python_runs(self):
-        # In a folder with what the blocks read. One asks for Pillow, and is only compiled.
+        # In a folder with what the blocks read, with few steps, and with a stand-in for Pillow.
         os.mkdir("cifar-10-batches-bin")
-        Path("cifar-10-batches-bin", "data_batch_1.bin").write_bytes(bytes(5 * 3073))
+        record = bytes([7, *range(256)] + [9] * 2816)  # a label, then the red pixels, and so on
+        Path("cifar-10-batches-bin", "data_batch_1.bin").write_bytes(record * 5)
+        os.symlink(HERE / "data", "data")
+        for path in ("photos/a.jpg", "photos/.hidden/a.jpg", "photos/@eaDir/a.jpg", "photos/b.txt"):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).touch()
+        pixels = torch.arange(32 * 32 * 3).remainder(251).byte()
+        image = mock.Mock(mode="RGB", size=(32, 32), tobytes=lambda: bytes(pixels.tolist()))
+        image.convert.return_value = image
+        pillow = mock.Mock()
+        pillow.Image.open.side_effect = lambda path: image if path.suffix == ".jpg" else 1 / 0
+        pillow.ImageOps.exif_transpose.side_effect = lambda image: image
+        pillow.Image.alpha_composite.return_value = pillow.ImageOps.fit.return_value = image
         blocks = re.findall("^```python\n(.*?)^```$", self.text, re.M | re.S)
-        self.assertEqual(len(blocks), 4)
-        with redirect_stdout(io.StringIO()) as printed:
+        self.assertEqual(len(blocks), 6)
+        names = {"__name__": "README"}
+        with redirect_stdout(io.StringIO()) as printed, \
+                mock.patch.dict(sys.modules, {"PIL": pillow}):
             for block in blocks:
-                code = compile(block, "README.md", "exec")
-                if "PIL" not in block:
-                    exec(code, {"__name__": "README"})
+                block = re.sub(r"range\(1000\)|total_steps=1000|steps=50", lambda m: re.sub(
+                    r"\d+", "4", m[0]), block)
+                exec(compile(block, "README.md", "exec"), names)
         numbers = [float(x) for x in re.findall(r"\d\.\d+", printed.getvalue())]
-        self.assertClose(numbers[3:], numbers[:3], rtol=0.1)  # what is learned, what is exact
-        self.assertEqual(sample.load("cifar10.pt").shape, (5, 3, 32, 32))
+        self.assertClose(numbers[3:6], numbers[:3], rtol=0.1)  # what is learned, what is exact
+        figure = "figure_2_7.png"
+        differ = decode_png(figure) != decode_png(HERE / "assets" / figure)
+        self.assertLess(differ.float().mean(), 0.05)  # other torch, other random x
+        self.assertEqual(decode_png("digits.png").shape, (1, 8 * 30 + 2, 8 * 30 + 2))
+        photos, cifar = (sample.load(Path(name)) for name in ("photos.pt", "cifar10.pt"))
+        self.assertSame(photos[0].permute(1, 2, 0).flatten(), pixels)
+        self.assertEqual((len(photos), "1 images in" in printed.getvalue()), (1, True))
+        self.assertEqual((cifar.shape, cifar[0, 0].flatten().tolist()[:256]),
+                         ((5, 3, 32, 32), [*range(256)]))
+        # The flips keep each image and its mirror on one side of the split.
+        flips, = re.findall(r"`(x = x\[.*?flip\(-1\)\]\))`", self.text)
+        names["x"] = torch.arange(100 * 4).view(100, 1, 1, 4)
+        exec(flips, names)
+        held_out = names["x"][torch.arange(len(names["x"])) % 32 == 0]
+        self.assertSame(held_out[3:], held_out[:3].flip(-1))
 
     def test_its_excerpts_are_lines_of_the_code_and_its_rows_are_computed(self):
         code = [line.strip() for line in inspect.getsource(section_2).splitlines()]
@@ -1044,10 +1213,11 @@ class TestReadme(FileTest):
         state, model = sample.read_checkpoint(HERE / "assets" / "ddpm.pt")
         config = train.configure({"model": "ddpm"}, None, "cpu")
         self.assertEqual(state["config"], {**state["config"], **config})  # the default run's
-        result = train.evaluate(model, MNIST[0][:1], MNIST[1], state["config"], CPU)
-        computed = re.match(r"test ELBO -([\d.]+) nats, ([\d.]+) .*256 images, 20 random t", result)
-        printed = re.search(r"\(the default\).*\| −(\d+) nats \| ([\d.]+) \|", self.text)
-        self.assertClose(float(computed[2]), float(printed[2]), rtol=0, atol=0.0015)
+        result = train.evaluate(model, MNIST[0][:1], MNIST[1], 6800, state["config"], CPU)
+        computed = re.match(r"step 6,800: test ELBO \S+ nats, (\S+) ± (\S+) .*1,024", result)
+        printed = re.search(r"\(the default\).* nats \| ([\d.]+) ± ([\d.]+) \|", self.text)
+        self.assertClose([*map(float, computed.groups())], [*map(float, printed.groups())], rtol=0,
+                         atol=0.0015)
 
 
 def train_by_hand(config, images):
@@ -1115,7 +1285,7 @@ class TestTraining(CommandTest):
             for name in new.keys() - {"model", *train.CHANGEABLE}:
                 given = {"model": model, name: "other"}
                 self.assertRefuses("began with", train.configure, given, new, device)
-        self.assertEqual(train.EVALUATION, {"ddpm": (256, {"k": 20}), "vae": (10_000, {})})
+        self.assertEqual(train.EVALUATION, {"ddpm": (1024, {"k": 5}), "vae": (10_000, {})})
         self.assertEqual(train.ema_decay(10**6), 0.9999)
         text = " ".join(self.call(train.main, ["--help"]).split())
         for words in ("all devices (default: 40 for ddpm, 256 for ddpm on CUDA, 128 for vae)",
@@ -1141,6 +1311,7 @@ class TestPromises(CommandTest):
                 ("--device gpu", "--model vae --device gpu"),
                 ("--device meta", "--model vae --device meta"),
                 ("must be", "--model vae --latent-dim 9999999999"),
+                ("allocate", "--model vae --latent-dim 2000000000"),
                 ("--batch-size 1000", "--model vae --batch-size 1000"),
                 ("--epochs.*not allowed with", "--model vae --steps 1 --epochs 1"),
                 ("channels", "--model ddpm --channels 6"),
@@ -1148,6 +1319,7 @@ class TestPromises(CommandTest):
                 ("H and W must be .* by 8, got 28", "--model ddpm --multipliers 1 1 1 1")):
             options = ["--data", self.data, "--out", self.out, *text.split()]
             self.assertMistake(expected, self.call, train.main, options)
+        self.assertMistake("must name", self.call, train.main, ["--model", "vae", "--out", ""])
         with patch(train, "RANKS", 3):
             self.assertMistake("16: .* divisible by 3", self.train, "vae")
         self.assertFalse(self.out.exists())
@@ -1162,10 +1334,12 @@ class TestPromises(CommandTest):
             self.assertMistake(expected, self.train, model, text)
         under_a_file = self.checkpoint / "run"
         self.assertMistake("Not a directory|File exists", self.train, "vae", out=under_a_file)
-        sample.save("a.pt", sample.load(self.checkpoint))
-        sample.save("b.pt", {**sample.load("a.pt"), "ema": {}})  # torch says more than one line
+        sample.save(Path("a.pt"), sample.load(self.checkpoint))
+        torch.save({**sample.load("a.pt"), "ema": {}}, "b.pt")  # torch says more than one line
+        os.mkdir("folder.png")
         for expected, text in (
-                ("a vae", "--eta 0.5"), ("a vae", "--strip x.png"),
+                ("a vae", "--eta 0.5"), ("a vae", "--strip x.png"), ("a vae", "--steps 5"),
+                ("from 1", "-n 0"), ("overwrite", "--out folder.png"),
                 ("z has 4 dim.*", "--latent-grid x.png"), ("must end in", "--out x.jpg"),
                 ("must end in", "--strip x.pt"), ("an existing folder", "--out nowhere/x.png"),
                 ("--device cuda:99: [^.]*$", "--device cuda:99"),
@@ -1191,7 +1365,9 @@ class TestPromises(CommandTest):
                 ("an IDX file of grey", b"\0\0\x0d" + good[3:], good),
                 ("an IDX file of grey", b"text, and more of it", good),
                 ("0 to 255", dark, good), ("at least 8", small, small), ("test im", good, small),
-                ("damaged", gzip.compress(good)[:-20], good)):
+                ("damaged", gzip.compress(good)[:-20], good),
+                ("damaged", gzip.compress(good, 0).replace(b"\x09" * 9, b"\x08" * 9, 1), good),
+                ("damaged", gzip.compress(good)[:12] + b"\xff" * 9, good)):
             for split, content in zip(("train", "t10k"), files):
                 path = self.data / f"{split}-images-idx3-ubyte"
                 path.unlink() if content is None else path.write_bytes(content)
@@ -1201,7 +1377,7 @@ class TestPromises(CommandTest):
                 (r"got torch.uint8 \(40, 28, 28\)", images[:, 0]), ("dict", {"images": images}),
                 ("torch.float32", images.float()), ("C = 1 or 3", images.expand(-1, 2, -1, -1)),
                 ("at least 2", images[:1]), ("at most 1 .training images", images[:2]),
-                ("x.pt: .*Path", Path("x"))):
+                ("x.pt: .*Path", Path("x")), ("Sparse", images.to_sparse())):
             torch.save(value, "x.pt")
             self.assertMistake(expected, self.train, "vae", data="x.pt")
         for expected, data in (("train-images.*Your own images", "no"), ("No such file", "no.pt"),
@@ -1210,9 +1386,11 @@ class TestPromises(CommandTest):
         self.assertFalse(self.out.exists())
 
     def test_out_of_memory_and_ctrl_c_outside_a_run(self):
-        with patch(train, "batches", side_effect=torch.OutOfMemoryError):
-            self.assertMistake("smaller --batch-size", self.train, "vae")
+        for error in (torch.OutOfMemoryError, RuntimeError("can't allocate memory: you tried")):
+            with patch(train, "batches", side_effect=error):
+                self.assertMistake("smaller --batch-size", self.train, "vae", out=str(error))
         with patch(sample, "draw", side_effect=torch.OutOfMemoryError):
+            self.out = self.folder / "can't allocate memory: you tried"
             self.assertMistake("smaller -n", self.draw)
         stop = mock.Mock(side_effect=KeyboardInterrupt)
         with mock.patch.multiple(sys, stdout=io.StringIO(), stderr=io.StringIO()):
@@ -1234,6 +1412,43 @@ class TestPromises(CommandTest):
         self.assertMistake("only weights", self.train, "vae", "--resume")
         self.checkpoint.unlink()
         self.assertMistake("holds a run", self.train, "vae")  # of which there are rows
+
+    def test_a_run_is_resumed_from_its_first_step_and_on_its_device(self):
+        with patch(train, "batches", side_effect=torch.OutOfMemoryError):
+            self.assertMistake("smaller", self.train, "ddpm", "--steps 12 --dropout 0.1")
+        self.assertEqual(sample.load(self.checkpoint)["step"], 0)
+        printed = self.draw("-n 1")
+        self.assertIn("step 0 of 12 (warning: hardly trained)", printed)
+        with patch(train, "pick_device", wraps=train.pick_device) as device, \
+                patch(train, "signal_of_any_rank", side_effect=[0, 0, signal.SIGTERM]):
+            options = ["--model", "ddpm", "--out", self.out, "--resume"]
+            printed = self.call(train.main, options, 128 + signal.SIGTERM)
+        self.assertEqual(device.call_args.args, ("cpu",))  # not the default, "auto"
+        self.assertIn("train.py --model ddpm --out", printed)
+        self.train("ddpm", "--steps 12 --dropout 0.1 --resume")
+        self.train("ddpm", "--steps 12 --dropout 0.1", out=self.folder / "straight")
+        self.assertSameEnd(self.folder / "straight", self.out)
+
+    def test_a_folder_that_moves_and_a_second_writer(self):
+        def signals(do):
+            def at_step_5(signals, calls=itertools.count(1)):
+                return do() if next(calls) == 5 else 0
+            return patch(train, "signal_of_any_rank", at_step_5)
+
+        def move():
+            self.out.rename(self.folder / "moved")
+            return signal.SIGTERM
+
+        def replace():
+            sample.save(self.checkpoint, {"seconds": 7.0})
+
+        with signals(move):
+            self.train("vae", "--steps 9", status=128 + signal.SIGTERM)
+        self.assertEqual(sample.load(self.checkpoint)["step"], 5)
+        with signals(lambda: replace() or 0):
+            self.assertMistake("run/checkpoint.pt: another process", self.train, "vae",
+                               "--steps 20 --resume")
+        self.assertEqual(sample.load(self.checkpoint), {"seconds": 7.0})
 
     def test_a_checkpoint_every_five_minutes(self):
         # By a clock on which 40 s pass between one look and the next.
@@ -1304,7 +1519,7 @@ class TestPromises(CommandTest):
         straight, columns = self.folder / "straight", ("step", "epoch", "lr", "loss")
         self.train("vae", "--steps 240", out=straight)
         for ask in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
-            self.out = self.folder / f"stopped by {ask}"
+            self.out = self.folder / f"stopped by ${ask}"
             options = self.options("vae", "--steps 240")
             process, until = self.start("train.py", options), time.monotonic() + 60
             while not (self.out / "metrics.csv").exists() or len(self.metrics("step")[0]) < 3:
@@ -1318,6 +1533,7 @@ class TestPromises(CommandTest):
                 self.assertEqual(step % 16, 0)  # the last whole epoch
             else:
                 self.assertIn(f"stopped at step {step} of 240", output)
+                self.assertIn(f"--out {shlex.quote(str(self.out))} --resume", output)
                 resume = shlex.split(output.split("train.py ")[1])
             self.finish(self.start("train.py", resume))
             self.assertSameEnd(straight, self.out)
@@ -1328,8 +1544,8 @@ class TestPromises(CommandTest):
 
     def test_what_may_change(self):
         self.train("vae", "--steps 16")
-        with open(self.out / "metrics.csv", "a") as file:
-            file.write("17,of a step to be taken again\n16,half a")
+        with open(self.out / "metrics.csv", "ab") as file:
+            file.write(b"17,of a step to be taken again\n\xff\xfe\n16,half a")
         moved = self.data.rename(self.folder / "moved")
         self.assertMistake("not found", self.train, "vae", "--resume --steps 17")
         # A finished run that is resumed: the learning rate rises again, and a line says so.
@@ -1341,8 +1557,12 @@ class TestPromises(CommandTest):
         torch.save(torch.full((257, 1, 28, 28), 9, dtype=torch.uint8), "other.pt")
         self.assertMistake("248 images .* began with 256", self.train, "vae", "--resume --steps 17",
                            data="other.pt")
+        torch.save(torch.full((265, 1, 28, 32), 9, dtype=torch.uint8), "other.pt")
+        self.assertMistake("28, 32.* began with", self.train, "vae", "--resume", data="other.pt")
         self.train("vae", "--resume --epochs 2 --precision bf16", data=moved, device="auto")
         self.assertEqual(sample.load(self.checkpoint)["step"], 32)
+        self.train("vae", "--epochs 2 --batch-size 100", data=moved, out=self.folder / "other")
+        self.assertEqual(sample.load(self.folder / "other" / "checkpoint.pt")["step"], 4)
 
     # 4. No checkpoint holds a nan, and no file runs code (TestCheckpoint).
     def test_a_loss_or_a_weight_that_is_no_number_stops_the_run(self):
@@ -1374,6 +1594,15 @@ vae.VAE.reparameterize = lambda model, mu, log_var: mu
 vae.VAE.forward = forward
 train.main()
 """
+
+    def test_a_rank_takes_the_device_of_its_number_on_this_machine(self):
+        devices = patch(train, "pick_device", side_effect=[mock.Mock(type="cuda"), "the second"])
+        with mock.patch.multiple(train, RANKS=4, RANK=3), devices as pick, \
+                mock.patch.dict(os.environ, LOCAL_RANK="1"), \
+                patch(torch.cuda, "set_device", side_effect=OSError) as current:
+            self.assertRaises(OSError, train.prepare, {"model": "vae", "device": "cuda"})
+        pick.assert_called_with("cuda:1")
+        current.assert_called_with("the second")
 
     def test_two_ranks_are_one_process(self):
         script, env = self.folder / "ranks.py", {**os.environ, "PYTHONPATH": str(HERE)}
