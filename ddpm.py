@@ -13,8 +13,8 @@ white noise x_T. q(x_t | x_{t−1}) steps to the right, p_θ(x_{t−1} | x_t) to
     initial block      x_0 has a neighbour on the right only
     final block        x_T has a neighbour on the left only, and is close to N(0, I)
 
-It is a VAE in T steps: the encoder q has nothing to learn, and a step of the decoder p_θ is so
-small that it is nearly Gaussian. `python ddpm.py` checks examples and theorems numerically.
+It is a VAE in T steps. The encoder q has nothing to learn, and its steps are so small that each,
+reversed, is nearly Gaussian, as p_θ is. `python ddpm.py` checks examples and theorems numerically.
 """
 import math
 import sys
@@ -37,7 +37,7 @@ class DDPM(nn.Module):
     Args:
         denoiser: the network, called as denoiser(x_t, t), t being (B,) integers in 1..T (so an
             nn.Embedding needs T + 1 rows); returns a tensor of x_t's shape.
-        alphas: α_1, …, α_T in (0, 1), T ≥ 2, with α_1 ≥ 0.4 and 1e-50 < ᾱ_T < 0.1 (their product).
+        alphas: α_1, …, α_T in (0, 1), T ≥ 2, α_1 ≥ 0.4, and their product ᾱ_T in (1e-50, 0.1).
         predict: what the network predicts: "noise", ε̂_θ(x_t) (§2.5), or "image", x̂_θ(x_t) (§2.4).
         clip: whether to clip x̂_θ to [-1, 1], the range of images, as the code of arXiv 2006.11239
             does. At large t the error of ε̂_θ is divided by a small √ᾱ_t, and a single value out of
@@ -46,8 +46,8 @@ class DDPM(nn.Module):
 
     Images are float tensors (B, C, H, W) in [-1, 1]. A time t is an int or a (B,) integer tensor,
     in 1..T as in the paper. Tables have T + 1 entries and are indexed by t itself. A Gaussian is
-    the pair (mean, variance), where the variance is one number or (B, 1, …, 1). One reverse step
-    is `reverse_chain` → `p_transition` → `predict_x0` → `predict_noise` → `output` → denoiser.
+    the pair (mean, variance), where the variance is one number or (B, 1, …, 1). One reverse step is
+    `reverse_chain` → `p_transition` → `predict_x0` (→ `predict_noise`) → `output` → denoiser.
     `state_dict()` holds the network only. Raises ValueError for alphas, t, steps, eta or k out of
     range, for an x that is not a floating-point tensor, and if the network changes its shape.
     """
@@ -74,7 +74,7 @@ class DDPM(nn.Module):
 
         Why "the magical scalars" √α_t and 1 − α_t (Thm 2.1)? x_t = a x_{t−1} + b ε (2.3) has a
         variance that tends to b² (1 + a² + a⁴ + …) = b² / (1 − a²) (2.4), (2.5), (2.6). It is 1,
-        and the chain ends in N(0, I), only if b = √(1 − a²) (2.7).
+        and the chain ends in N(0, I), only if b² = 1 − a² (2.7): for a = √α_t, b² is 1 − α_t.
         """
         scale, variance = self.at(t, x_prev, self.alpha.sqrt(), 1 - self.alpha)
         return scale * x_prev, variance
@@ -114,8 +114,8 @@ class DDPM(nn.Module):
         p_θ(x_t | x_{t+1}): two random neighbours of x_t. (As printed, it does not equal (2.17).)
         Here q is reversed by Bayes' rule (2.20), so each term has only one random state. Each
         expectation is estimated from one sample, and with k the sum over t from k random t per
-        image, without bias. It bounds the log probability of 8-bit pixels ("pixel": one value of
-        one channel), `VAE.elbo` a log density; `bits_per_dim` compares the two.
+        image, without bias. The bound is on the log probability of 8-bit pixels ("pixel": one
+        value of one channel), `VAE.elbo`'s on a log density; `bits_per_dim` compares them.
         """
         check_floats(x_0, torch.float32, torch.float64)
         if not x_0.abs().max() <= 1:
@@ -123,7 +123,7 @@ class DDPM(nn.Module):
 
         # The initial block. In Thm 2.7, (2.44), it is the term t = 1, which divides by σ_q²(1) = 0:
         # unless x̂_θ hits every pixel exactly, the bound is −∞. So here p_θ(x_0 | x_1) has σ_q²(2),
-        # the smallest variance that is not 0, and each pixel counts with its bin's probability.
+        # the next step's variance, and each pixel counts with the probability of its bin.
         mean, _ = self.p_transition(self.q_sample(x_0, 1, torch.randn_like(x_0)), 1)
         (std,) = self.at(2, x_0, self.variance_q.sqrt())
         reconstruction = log_pixel_mass(x_0, mean, std)
@@ -195,9 +195,10 @@ class DDPM(nn.Module):
 
         The algorithm boxes "Training Algorithm for DDPM" (2.47) and "Training DDPM using ε̂_θ",
         without the gradient step. (The first is misprinted with ᾱ_t x_0 for √ᾱ_t x_0.) A random t
-        stands for the ELBO's sum over t. In the ELBO each t has its own weight, for x̂_θ that of
-        (2.43). The boxes drop it; for ε̂_θ this costs some likelihood but gives better pictures
-        (arXiv 2006.11239, section 3.4). ε̂_θ is the default: at small t, x̂_θ must be nearly exact.
+        stands for the ELBO's sum over t, and the batch averages over many. In the ELBO each t has
+        its own weight, for x̂_θ that of (2.43). The boxes drop it; for ε̂_θ this costs some
+        likelihood but gives better pictures (arXiv 2006.11239, section 3.4). ε̂_θ is the default,
+        as its error reaches x̂_θ times √(1 − ᾱ_t) / √ᾱ_t: little at small t, where (2.43) is large.
         """
         check_floats(x_0)
         t = torch.randint(1, self.T + 1, x_0.shape[:1])  # t ~ Uniform[1, T]
@@ -215,8 +216,8 @@ class DDPM(nn.Module):
 
                 = (x_t − (1 − α_t) / √(1 − ᾱ_t) · ε̂_θ(x_t)) / √α_t  +  σ_q(t) z    (2.51), (2.52)
 
-        Both "Inference of DDPM" boxes; the caller draws their first line, x_T ~ N(0, I). With ε̂_θ,
-        too, the step uses x̂_θ, so that x̂_θ can be clipped. Yields (t, x_t), t = T − 1, …, 0.
+        Both "Inference of DDPM" boxes; the caller does their first line, x_T ~ N(0, I). Even with
+        ε̂_θ the step uses x̂_θ, so that it can be clipped. Yields (t, x_t), t = T − 1, …, 0.
         To steer this chain or `ddim_chain`, overwrite the yielded tensor: x_t.copy_(…).
         """
         x_t = x_T
@@ -279,7 +280,7 @@ class DDPM(nn.Module):
 
             σ_t² = η² (1 − ᾱ_s) (1 − ᾱ_t / ᾱ_s) / (1 − ᾱ_t),      0 ≤ η ≤ 1
 
-        η = 1 is DDPM with longer steps; with steps = T, too, it is `reverse_chain` (2.60). ε̂_θ is
+        η = 1 is DDPM with longer steps and, with steps = T, `reverse_chain` (2.60). ε̂_θ is
         recomputed from the clipped x̂_θ. Yields (s, x_s), s = 0 last; `times` explains `steps`.
         Invalid arguments raise ValueError at the first item.
         """
@@ -290,7 +291,7 @@ class DDPM(nn.Module):
             x0_hat = self.predict_x0(x_t, t)
             noise_hat = self.noise_between(x0_hat, x_t, t)
             alpha_bar_t, alpha_bar_s = self.alpha_bar[t].item(), self.alpha_bar[s].item()
-            # The quotient first: rounded, too, it is at most 1, so that 1 − ᾱ_s − σ_t² is ≥ 0.
+            # The quotient first: even rounded, it is at most 1, so 1 − ᾱ_s − σ_t² is never < 0.
             quotient = (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t)
             sigma2 = eta**2 * (1 - alpha_bar_s) * quotient
             x_t = (alpha_bar_s**0.5 * x0_hat + (1 - alpha_bar_s - sigma2)**0.5 * noise_hat
@@ -301,8 +302,8 @@ class DDPM(nn.Module):
 
     def score(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """∇ log p_t(x_t) ≈ −ε̂_θ(x_t) / √(1 − ᾱ_t), s_θ(x_t) in section 3 of the paper, because
-        ∇ log q(x_t | x_0) = −(x_t − √ᾱ_t x_0) / (1 − ᾱ_t) = −ε / √(1 − ᾱ_t), and ∇ log p_t(x_t) is
-        its mean over the x_0 that x_t may come from, as ε̂_θ(x_t) is that of ε."""
+        ∇ log q(x_t | x_0) = −(x_t − √ᾱ_t x_0) / (1 − ᾱ_t) = −ε / √(1 − ᾱ_t). ∇ log p_t(x_t) is the
+        mean of this over q(x_0 | x_t), and ε̂_θ(x_t) estimates the mean of ε."""
         (std,) = self.at(t, x_t, (1 - self.alpha_bar).sqrt())
         return -self.predict_noise(x_t, t) / std
 
@@ -354,7 +355,7 @@ class DDPM(nn.Module):
         """The times of `elbo`'s sum over t ≥ 2, and a weight for every t, (T + 1,): all times with
         weight 1, or k random ones for each of B images, (k, B), with weight 1 / (k p), for a sum
         without bias. p, the probability of t, is proportional to its term for x_0 ~ N(0, I) and the
-        best denoiser: (2.43) with E ‖x̂_θ − x_0‖² = 1 − ᾱ_t, ½ [(1 − ᾱ_t) / (1 − ᾱ_{t−1}) − 1]."""
+        best denoiser, (2.43) with E (x̂_θ − x_0)² = 1 − ᾱ_t: ½ [(1 − ᾱ_t) / (1 − ᾱ_{t−1}) − 1]."""
         if k is None:
             return torch.arange(2, self.T + 1), torch.ones(self.T + 1)
         if k < 1 or k % 1:
@@ -381,7 +382,7 @@ def checked_alphas(alphas: Tensor | Sequence[float]) -> Tensor:
                          f"{wrong[0] if wrong else tuple(alphas.shape)}")
     if not 1e-50 < alphas.prod() < 0.1 or alphas[0] < 0.4:
         raise ValueError(f"the product of alphas is {alphas.prod():.2g} but must lie in 1e-50..0.1 "
-                         "(or x_T is not white noise, or x_t is it long before T); α_1 is "
+                         "(or x_T is not white noise, or x_t is so long before T); α_1 is "
                          f"{alphas[0]:.2g} but must be at least 0.4. Did you pass 1 − α_t or ᾱ_t?")
     return alphas
 
@@ -435,7 +436,7 @@ def cauchy_alphas(T: int) -> Tensor:
     serve the ELBO: even the largest increment, the first, is only 0.50 (T = 1000), and the noise at
     t = 1 (standard deviation 0.002) is small compared with a pixel's bin (0.008). For T ≥ 1000, λ
     runs from 12.4 to −10; shorter chains use a narrower range and a larger width, so that no
-    increment is too large. All were tuned on images: for other data try the others first."""
+    increment is too large. The numbers were tuned on images; elsewhere try another first."""
     r = math.log(max(1, 1000 / T))
     mu, width = -1.5, 1.1 * math.exp(r / 2)
     first, last = (math.atan((end - mu) / width) for end in (12.4 - 2 * r, -10 + 1.15 * r))
@@ -462,7 +463,7 @@ def log_pixel_mass(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 # -------------------------------------------------- worked examples: python ddpm.py
 # If you copy this file, you can delete all below. Functions yield rows (what, formula, computed),
-# the last two numbers, or tensors whose mean is printed. Rows "as printed" show a misprint.
+# the last two numbers, or tensors whose mean is printed. Rows "as printed" show an error.
 ONE = torch.ones(1, dtype=torch.float64)
 
 
@@ -636,7 +637,7 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         sys.stdout.reconfigure(encoding="utf-8")
     torch.manual_seed(0)
-    print("     formula    computed   formula vs. how it is computed (≠: misprint in the paper; "
+    print("     formula    computed   formula vs. how it is computed (≠: as printed, but wrong; "
           "sides with random draws agree to within sampling error)")
     for section in EXAMPLES:
         for what, *sides in section():

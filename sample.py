@@ -35,7 +35,6 @@ from vae import VAE, conv_networks
 
 BATCH = 256  # images per batch
 STRIP_FRAMES, STRIP_IMAGES = 11, 4  # film strip: columns, and images (two rows each)
-LATENT_SIDE = 11  # images along each side of the latent grid
 FORMAT = 6  # version of the checkpoint format
 
 
@@ -44,13 +43,10 @@ def draw(model: nn.Module, noise: Tensor, steps: int | None,
          eta: float) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     """Decode z, or run the chain from x_T. Returns all images, uint8 (n, C, H, W), and of a DDPM a
     film of the first STRIP_IMAGES: up to STRIP_FRAMES pairs (t, x_t) on the way from x_T to x_0."""
-    # A VAE needs one pass of the decoder: x̂ = f_θ(z).
-    if isinstance(model, VAE):
+    if isinstance(model, VAE):  # one pass of the decoder: x̂ = f_θ(z)
         return torch.cat([to_uint8(model.sample(z)) for z in noise.split(BATCH)]), []
-
-    # Of a chain's states, x_T included, the film keeps some that are evenly spaced.
     images, film, length = [], [], steps or model.T
-    keep = torch.linspace(0, length, STRIP_FRAMES).round().tolist()
+    keep = torch.linspace(0, length, STRIP_FRAMES).round().tolist()  # evenly spaced, from x_T on
     with tqdm(total=length * math.ceil(len(noise) / BATCH), unit="step", desc="sampling") as bar:
         for x_T in noise.split(BATCH):
             # The boxes "Inference of DDPM": x_T ~ N(0, I), then x_{t−1} from x_t, down to x_0.
@@ -70,9 +66,9 @@ def film_strip(model: DDPM, film: list[tuple[int, Tensor]]) -> Tensor:
     return grid(to_uint8(torch.stack(pairs, dim=2).flatten(0, 2)), columns=len(film))
 
 
-def latent_grid(model: VAE, device: torch.device) -> Tensor:
+def latent_grid(model: VAE, device: torch.device, side: int = 11) -> Tensor:
     """f_θ(z) on a grid of equally spaced quantiles of N(0, 1): z_1 to the right, z_2 upwards."""
-    z = torch.special.ndtri((torch.arange(LATENT_SIDE) + 0.5) / LATENT_SIDE).to(device)
+    z = torch.special.ndtri((torch.arange(side) + 0.5) / side).to(device)
     return grid(to_uint8(model.sample(torch.cartesian_prod(-z, z).flip(1))))
 
 
@@ -101,8 +97,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
 
 
 def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path], str]:
-    """The trained model, z or x_T, the files to write, and how far the training was. Raises
-    ValueError or OSError."""
+    """The trained model, z or x_T, the files, and the model's step. ValueError or OSError."""
     args.checkpoint = args.checkpoint or max(
         Path("runs").rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime, default=None)
     if args.checkpoint is None:
@@ -212,8 +207,7 @@ def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
 
 
 def save(path: Path, value, replace: bool = True):
-    """An atomic torch.save: writes a new file, then gives it this name; if not `replace`, only
-    where no file has it. Raises OSError."""
+    """An atomic torch.save; if not `replace`, only where no file has this name. Raises OSError."""
     buffer, new = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp")
     torch.save(value, buffer)  # in memory: on a full disk torch.save raises RuntimeError
     path.parent.mkdir(parents=True, exist_ok=True)  # the folder may have been moved away
@@ -233,7 +227,7 @@ def save(path: Path, value, replace: bool = True):
                 raise
             except OSError:  # a file system without links
                 open(path, "xb").close()
-        for attempt in range(10):
+        for _ in range(10):
             with contextlib.suppress(PermissionError):  # Windows: the old file is open elsewhere
                 return os.replace(new, path)
             time.sleep(0.1)
@@ -248,8 +242,8 @@ def save(path: Path, value, replace: bool = True):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA if available, else the CPU. Raises ValueError,
-    with the first sentence of torch's own reason, if the device can't be used."""
+    """The device of this name; "auto" is CUDA if available, else the CPU. Raises ValueError, with
+    the first sentence of torch's own reason, if it can't be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -264,8 +258,7 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bfloat16 autocast for "bf16", none for "fp32"; "auto" asks whether the hardware has bfloat16
     (CUDA since Ampere; from torch 2.11 on also CPUs with AMX or AVX-512 BF16). Never float16: its
-    largest number is 65504, and anything larger becomes inf. The cast copies of the weights are not
-    cached, because a CUDA graph would read old ones."""
+    largest number is 65504. Cast weights are not cached: a CUDA graph would read old ones."""
     if precision == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif precision == "auto" and device.type == "cpu":

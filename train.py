@@ -63,8 +63,7 @@ OPTIONS = [  # name, values, meaning
     ("steps", COUNT, "gradient steps"),
     ("epochs", COUNT, "passes over the data, instead of --steps"),
     ("device", str, "cpu, cuda, cuda:N, mps, or auto (default): CUDA if available, else CPU"),
-    ("precision", ["auto", "fp32", "bf16"],
-     "auto (default): bf16 if a GPU or an x86 CPU has it (CPU: torch 2.11+)"),
+    ("precision", ["auto", "fp32", "bf16"], "auto (default): bf16 if a GPU or an x86 CPU has it"),
     ("seed", number(int, 0, 2**63 - 1), "random seed (default: 0)"),
     ("batch_size", COUNT, "images per step, summed over all devices"),
     ("lr", number(float, 1e-9, 1), "learning rate before warm-up and cosine"),
@@ -84,13 +83,13 @@ CHANGEABLE = ["data", "epochs", "steps", "device", "precision"]  # only these, w
 # The test ELBO at the end: the number of images, and the options of the model's `bits_per_dim`.
 EVALUATION = {"ddpm": (1024, {"k": 5}), "vae": (10_000, {})}
 WARM_UP = 0.05  # fraction of the run
-CLIP = 1.0  # norm of the gradient
+MAX_GRADIENT_NORM = 1.0
 EMA_DECAY = 0.9999
 ROW_EVERY = 10  # steps
 MAX_PICTURES = 20  # rounds of sample pictures in a run
 SAVE_EVERY = 300  # seconds
 # torchrun starts one process (rank) per device and sets these variables. The ranks share every
-# batch; their weights start and stay equal, since all apply the same gradient. Only rank 0 writes.
+# batch; their weights start and stay equal, since all apply the same gradient.
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
@@ -110,7 +109,7 @@ def gradient_steps(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Opti
             loss = model(x_0)  # DDPM.loss or VAE.loss
         loss.backward()
         average_over_ranks([w.grad for w in weights])
-        nn.utils.clip_grad_norm_(weights, CLIP)
+        nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
         lr = config["lr"] * lr_fraction(step - 1, config["steps"])
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -142,8 +141,8 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         say(f"resuming at step {step:,} of {total:,}, learning rate "
             f"{config['lr'] * lr_fraction(step, total):.1e}")
 
-    # On an NVIDIA GPU, record the DDPM's network once: its thousand kernels, forwards or backwards,
-    # are then one launch. (Not on AMD's: there, to record a backward pass can hang.)
+    # On an NVIDIA GPU, record the DDPM's network once as CUDA graphs: its thousand kernels become
+    # two launches, forwards and backwards. (On AMD's, recording a backward pass can hang.)
     if isinstance(model, DDPM) and device.type == "cuda" and torch.version.cuda:
         x_t = to_float(images[:batch_size // RANKS], device)
         t = torch.ones(len(x_t), dtype=torch.long, device=device)
@@ -162,7 +161,7 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         check_finite(step, *model.parameters())  # a finite loss can have a nan or inf gradient
         path, now = out / "checkpoint.pt", time.perf_counter() - start
         if RANK == 0:
-            if last is not None and path.exists() and load(path)["seconds"] != last:
+            if last is not None and path.exists() and load(path).get("seconds") != last:
                 raise OSError("another process has written it, so this one ends")
             save(path, {"format": FORMAT, "config": config, "step": step, "seconds": now,
                         "model": model.state_dict(), "ema": ema.state_dict(),
@@ -220,18 +219,16 @@ def ema_decay(step: int) -> float:
 def batches(images: Tensor, config: dict, step: int,
             device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, this rank's share of the batch, in [-1, 1], on the device) for all steps
-    after `step`.
-
-    The order of the images and the random seed of each step depend only on --seed and the position
-    in the run (integers hash alike in every process), so a resumed run draws what an uninterrupted
-    one would have drawn.
-    """
+    after `step`. The order of the images and the random seed of each step depend only on --seed
+    and the position in the run (integers hash alike in every process), so a resumed run draws what
+    an uninterrupted one would have drawn."""
     seed, B = config["seed"], config["batch_size"]
-    per_epoch = config["images"] // B
-    for epoch in range(step // per_epoch, math.ceil(config["steps"] / per_epoch)):
+    steps_per_epoch = config["images"] // B
+    for epoch in range(step // steps_per_epoch, math.ceil(config["steps"] / steps_per_epoch)):
         generator = torch.Generator().manual_seed(hash((seed, epoch)))
         order = torch.randperm(len(images), generator=generator).to(images.device)
-        for i in range(step % per_epoch, min(per_epoch, config["steps"] - epoch * per_epoch)):
+        last = min(steps_per_epoch, config["steps"] - epoch * steps_per_epoch)
+        for i in range(step % steps_per_epoch, last):
             share = order[i * B:(i + 1) * B].chunk(RANKS)[RANK]
             torch.manual_seed(hash((seed, epoch, i * RANKS + RANK)))
             step += 1
@@ -256,7 +253,7 @@ def check_finite(step: int, *values: Tensor):
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP in a list. A second
+    """Lists the SIGINT, SIGTERM and (unless ignored, as under nohup) SIGHUP received. A second
     SIGINT (Ctrl-C) kills the process; the others, which schedulers repeat, stay caught."""
     signals, before = [], {}
 
@@ -294,8 +291,7 @@ def signal_of_any_rank(signals: list[int]) -> int:
 
 
 def on_rank_0(f: Callable) -> Callable:
-    """Only rank 0 prints and writes. If a file can't be written: a one-line warning; the run
-    continues. (A checkpoint, which `save` writes, has to be.)"""
+    """Only rank 0 prints and writes. A file that can't be written costs a line, not the run."""
     def call(*arguments, **options):
         try:
             return f(*arguments, **options)
@@ -345,23 +341,21 @@ def write_pictures(out: Path, step: int, model: nn.Module, x: Tensor, config: di
 
 def spread(images: Tensor, n: int) -> Tensor:
     """n of the images (all, if there are fewer), evenly spread: the first n can be of one kind."""
-    n = min(n, len(images))
-    return images[torch.linspace(0, len(images) - 1, n).long()]
+    return images[torch.linspace(0, len(images) - 1, min(n, len(images))).long()]
 
 
 @on_rank_0
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, test: Tensor, step: int, config: dict,
              device: torch.device) -> str:
-    """The last line of output: the ELBO, in float32, of test and of training images, ± the standard
-    error of the mean."""
+    """The last line of output: the ELBO, in float32, ± the standard error of its mean."""
     count, options = EVALUATION[config["model"]]
     k = "".join(f", {k} random t each" for k in options.values())
 
     def elbo(images: Tensor) -> str:
         torch.manual_seed(config["seed"])
-        batches = [to_float(x, device)
-                   for x in spread(images, count).split(config["batch_size"] // RANKS)]
+        batches = spread(images, count).split(config["batch_size"] // RANKS)
+        batches = [to_float(x, device) for x in batches]
         bits = torch.cat([model.bits_per_dim(x, **options) for x in batches])
         nats = -bits.mean().item() * math.log(2) * math.prod(config["image_shape"])
         error = bits.std(correction=0) / len(bits)**0.5
@@ -409,8 +403,7 @@ def read_idx(folder: Path, split: str) -> Tensor:
         raise ValueError(f"{folder}: {split}-images-idx3-ubyte(.gz) not found. To turn a folder of "
                          'pictures into a .pt file, see "Your own images" in the README')
     try:
-        contents = [path.read_bytes() for path in paths]
-        # gzip, whatever the file is called
+        contents = [path.read_bytes() for path in paths]  # gzip or not, whatever their names
         contents = {gzip.decompress(x) if x[:2] == b"\x1f\x8b" else x for x in contents}
         if len(contents) > 1:
             raise ValueError("they differ: keep one")

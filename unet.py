@@ -168,9 +168,8 @@ class UNet(nn.Module):
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"H and W must be divisible by {self.stride}, got {x.shape[2]} and "
                              f"{x.shape[3]}")
-        # (B, channels), then (B, 4 · channels). (An exporter would turn len(x) into a constant.)
-        time = time_embedding(t.expand(x.shape[0]), self.channels)
-        time = self.time(time.to(x.dtype))
+        time = time_embedding(t.expand(len(x)), self.channels)  # (B, channels)
+        time = self.time(time.to(x.dtype))                      # (B, 4 · channels)
 
         # After a block of level i, h is (B, channels · multipliers[i], H/2^i, W/2^i). Going down
         # loses detail, so every output is kept: a block on the way up reads it together with h,
@@ -199,7 +198,7 @@ class Fourier(nn.Module):
 
     At t = 1 of `cauchy_alphas` the noise has standard deviation 0.002, too small for bfloat16 near
     ±1, whose values are 0.004 apart. The features are computed in x_t's own precision and change
-    2ⁿπ times as fast as x_t, for n = 5 100 times ("Variational Diffusion Models", arXiv
+    2ⁿπ times as fast as x_t, 100 times for n = 5 ("Variational Diffusion Models", arXiv
     2107.00630).
     """
 

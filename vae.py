@@ -11,7 +11,7 @@ both are distributions. p(z) is the prior, so simple that new z can be drawn fro
     x ──> q_φ(z | x) ──> z ──> p_θ(x | z) ──> x̂            p(z) = N(0, I)
 
 In `GaussianMixture` (Ex. 1.2) p(z | x) is known exactly. In general p(z | x) = p(x | z) p(z) / p(x)
-needs p(x), an integral over all z, so that `VAE` learns q_φ(z | x) in its place. `python vae.py`
+needs p(x), an integral over all z, so `VAE` learns q_φ(z | x) in its place. `python vae.py`
 checks the section's examples and theorems numerically.
 """
 import functools
@@ -130,9 +130,9 @@ class VAE(nn.Module):
             kl             = KL(q_φ(z | x) ‖ p(z))              "how good the encoder is"
 
         The KL pulls q_φ(z | x) towards the prior p(z), from which `sample` takes its z. The
-        expectation is estimated from one sample of z, M = 1 in (1.31), (1.32), (1.33). It bounds a
-        log density and can be positive, for a density can exceed 1; `DDPM.elbo` bounds a log
-        probability. Compare them with `bits_per_dim`.
+        expectation is estimated from one sample of z, M = 1 in (1.31), (1.32), (1.33). The ELBO
+        bounds a log density and can be positive, for a density can exceed 1; `DDPM.elbo` bounds a
+        log probability. Compare them with `bits_per_dim`.
         """
         mu, log_var = self.encode(x)
         z = self.reparameterize(mu, log_var)
@@ -240,22 +240,22 @@ def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
         raise ValueError(f"H and W must be at least 8, got {tuple(image_shape)}")
     c, h, w = channels, math.ceil(H / 4), math.ceil(W / 4)
 
-    def activation(width: int) -> nn.Module:
+    def norm_silu(width: int) -> nn.Module:
         # Without GroupNorm, training can collapse in its first steps to q_φ(z | x) = p(z) and the
         # same average image for every z ("posterior collapse").
         return nn.Sequential(nn.GroupNorm(math.gcd(8, width), width), nn.SiLU())
 
     encoder = nn.Sequential(
-        nn.Conv2d(C, c, 3, stride=2, padding=1), activation(c),
-        nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), activation(2 * c),
-        nn.Conv2d(2 * c, 2 * c, 3, padding=1), activation(2 * c),
+        nn.Conv2d(C, c, 3, stride=2, padding=1), norm_silu(c),
+        nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), norm_silu(2 * c),
+        nn.Conv2d(2 * c, 2 * c, 3, padding=1), norm_silu(2 * c),
         nn.Flatten(), nn.Linear(2 * c * h * w, 16 * c), nn.SiLU(),
         nn.Linear(16 * c, 2 * latent_dim))
     decoder = nn.Sequential(
         nn.Linear(latent_dim, 16 * c), nn.SiLU(), nn.Linear(16 * c, 2 * c * h * w),
-        nn.Unflatten(1, (2 * c, h, w)), activation(2 * c),
-        nn.Conv2d(2 * c, 2 * c, 3, padding=1), activation(2 * c),
-        nn.Conv2d(2 * c, 4 * c, 3, padding=1), nn.PixelShuffle(2), activation(c),
+        nn.Unflatten(1, (2 * c, h, w)), norm_silu(2 * c),
+        nn.Conv2d(2 * c, 2 * c, 3, padding=1), norm_silu(2 * c),
+        nn.Conv2d(2 * c, 4 * c, 3, padding=1), nn.PixelShuffle(2), norm_silu(c),
         nn.Conv2d(c, 4 * C, 3, padding=1), nn.PixelShuffle(2), nn.Tanh(),
         nn.ZeroPad2d((0, W - 4 * w, 0, H - 4 * h)))  # negative padding: crops 4h × 4w to H × W
     return encoder, decoder
@@ -264,7 +264,7 @@ def conv_networks(image_shape: tuple[int, int, int], latent_dim: int = 8,
 # -------------------------------------------------- worked examples: python vae.py
 # If you copy this file, you can delete everything below. Each function covers one subsection and
 # yields rows (what, formula, computed). The last two are numbers, or tensors whose mean is printed.
-# Rows "as printed" reproduce a misprint in the paper. ELBOs and KLs are in nats.
+# Rows "as printed" reproduce an error in the paper. ELBOs and KLs are in nats.
 
 # From Ex. 1.3 on, x ~ N(μ, σ² I). x and z both have dimension d (in paper and rows), D in the code.
 D, MU, SIGMA = 64, 0.3, 0.5
@@ -418,7 +418,7 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         sys.stdout.reconfigure(encoding="utf-8")
     torch.manual_seed(0)
-    print("     formula    computed   formula vs. how it is computed (≠: misprint in the paper; "
+    print("     formula    computed   formula vs. how it is computed (≠: as printed, but wrong; "
           "sides with random draws agree to within sampling error)")
     for section in EXAMPLES:
         for what, *sides in section():
