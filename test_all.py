@@ -939,6 +939,10 @@ class TestRun(CommandTest):
         hats = [ddpm.predict_x0(x_t[:, i], 20 - i) for i in range(20)] + [x_t[:, 20]]
         pairs = torch.stack([x_t, torch.stack(hats, dim=1)], dim=1)[:, :, ::2]
         self.assertPicture("strip.png", pairs.flatten(0, 2), columns=11)
+        # The run's own pictures are without dropout, too.
+        torch.manual_seed(0)
+        drawn = torch.cat([ddpm.sample(x, 20) for x in torch.randn(64, 1, 28, 28).split(16)])
+        self.assertPicture(self.out / "samples_000020.png", drawn)
 
     def test_a_seed_repeats_the_images_in_any_form(self):
         self.train("ddpm", "--steps 20 --lr 0.01")
