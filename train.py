@@ -100,7 +100,8 @@ def gradient_steps(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Opti
                    data: Iterable[tuple[int, Tensor]],
                    config: dict) -> Iterator[tuple[int, Tensor, float]]:
     """For each (step number, x_0 in [-1, 1]) of data, takes a gradient step, updates ema (the
-    moving average of the weights), then yields (step number, loss, learning rate)."""
+    moving average of the weights), then yields (step number, loss, learning rate). The README, "As
+    a library", has the bare loop."""
     weights = list(model.parameters())
     cast = autocast(weights[0].device, config["precision"])
     for step, x_0 in data:
