@@ -127,8 +127,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor, dict[str, Path
     if args.latent_grid and config["latent_dim"] != 2:
         raise ValueError(f"--latent-grid: z has {config['latent_dim']} dimensions in "
                          f"{args.checkpoint}, but the grid needs 2: train with --latent-dim 2")
-    steps = config["steps"]
-    step = state.get("step", steps)  # weights alone, as in assets/, are those of a whole run
+    step, steps = state["step"], config["steps"]
     trained = f"step {step:,} of {steps:,}" + " (warning: hardly trained)" * (step < 0.05 * steps)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
@@ -149,14 +148,14 @@ def main(argv: list[str] | None = None):
                 write_png(args.strip, film_strip(model, film))
             if args.latent_grid:
                 write_png(args.latent_grid, latent_grid(model, noise.device))
-    except (ValueError, OSError, RuntimeError) as error:
-        memory = "; a smaller -n needs less memory" if isinstance(error, RuntimeError) else ""
-        parser.error(f"{error}{memory}")
+    except (ValueError, OSError) as error:
+        parser.error(f"{error}")
+    except (RuntimeError, MemoryError) as error:
+        parser.error(f"{error}; a smaller -n needs less memory")
     print(f"wrote {', '.join(map(str, files.values()))}, from {args.checkpoint}, {trained}")
 
 
 # ================================================= shared with train.py: models and checkpoints
-
 SCHEDULES = {"cauchy": cauchy_alphas, "cosine": cosine_alphas, "linear": linear_alphas}
 
 
@@ -201,6 +200,7 @@ def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["ema"])
+        state.setdefault("step", state["config"]["steps"])  # weights alone: of a whole run
     except Exception as error:  # damaged values raise almost any exception
         raise ValueError(f"{path}: incomplete or damaged checkpoint ({error})") from error
     return state, model.eval()
@@ -208,7 +208,7 @@ def read_checkpoint(path: Path) -> tuple[dict, nn.Module]:
 
 def save(path: Path, value, replace: bool = True):
     """An atomic torch.save; if not `replace`, only where no file has this name. Raises OSError."""
-    buffer, new = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp")
+    buffer, new, claimed = io.BytesIO(), Path(f"{path}.{os.getpid()}.tmp"), False
     torch.save(value, buffer)  # in memory: on a full disk torch.save raises RuntimeError
     path.parent.mkdir(parents=True, exist_ok=True)  # the folder may have been moved away
     try:
@@ -217,8 +217,8 @@ def save(path: Path, value, replace: bool = True):
             file.flush()
             try:
                 os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOSYS):  # a file system without it
+            except OSError as error:  # raised, unless the file system lacks it
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                     raise
         if not replace:  # if two runs start at once, this fails for one of them
             try:
@@ -227,6 +227,7 @@ def save(path: Path, value, replace: bool = True):
                 raise
             except OSError:  # a file system without links
                 open(path, "xb").close()
+                claimed = True
         for _ in range(10):
             with contextlib.suppress(PermissionError):  # Windows: the old file is open elsewhere
                 return os.replace(new, path)
@@ -234,7 +235,7 @@ def save(path: Path, value, replace: bool = True):
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
-        if path.exists() and not path.stat().st_size:  # made by "xb", but not replaced
+        if claimed and path.exists() and not path.stat().st_size:  # not replaced
             path.unlink()
 
 
@@ -242,8 +243,7 @@ def save(path: Path, value, replace: bool = True):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA if available, else the CPU. Raises ValueError, with
-    the first sentence of torch's own reason, if it can't be used."""
+    """A device; "auto" is CUDA if available, else the CPU. Raises ValueError, as torch does."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -822,6 +822,10 @@ class TestCheckpoint(FileTest):
         with mock.patch("os.replace", wraps=os.replace, side_effect=refusals):
             sample.save(path, 3)
         self.assertEqual((sample.load(path), os.listdir(self.folder)), (3, ["x.pt"]))
+        path.write_bytes(b"")  # claimed by another process, which has not replaced it yet
+        with mock.patch("os.link", side_effect=PermissionError):
+            self.assertRaises(FileExistsError, sample.save, path, 4, replace=False)
+        self.assertTrue(path.exists())
         # Without links, too, what is new takes no other's name, and what failed leaves none.
         for link in (os.link, mock.Mock(side_effect=OSError(errno.ENOTSUP, "no links"))):
             with mock.patch("os.link", link):
@@ -1376,7 +1380,8 @@ class TestPromises(CommandTest):
         self.assertFalse(self.out.exists())
 
     def test_out_of_memory_and_ctrl_c_outside_a_run(self):
-        for error in (torch.OutOfMemoryError, RuntimeError("can't allocate memory: you tried")):
+        for error in (torch.OutOfMemoryError, RuntimeError("can't allocate memory: you tried"),
+                      MemoryError("no room")):
             with patch(train, "batches", side_effect=error):
                 self.assertMistake("smaller --batch-size", self.train, "vae", out=str(error))
         with patch(sample, "draw", side_effect=torch.OutOfMemoryError):
@@ -1435,6 +1440,9 @@ class TestPromises(CommandTest):
         with signals(move):
             self.train("vae", "--steps 9", status=128 + signal.SIGTERM)
         self.assertEqual(sample.load(self.checkpoint)["step"], 5)
+        with signals(lambda: self.checkpoint.write_bytes(b"") or signal.SIGTERM):  # damaged
+            self.train("vae", "--steps 20 --resume", status=128 + signal.SIGTERM)
+        self.assertEqual(sample.load(self.checkpoint)["step"], 10)
         with signals(lambda: replace() or 0):
             self.assertMistake("run/checkpoint.pt: another process", self.train, "vae",
                                "--steps 20 --resume")

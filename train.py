@@ -101,11 +101,10 @@ def gradient_steps(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Opti
                    data: Iterable[tuple[int, Tensor]],
                    config: dict) -> Iterator[tuple[int, Tensor, float]]:
     """For each (step number, x_0 in [-1, 1]) of data, takes a gradient step, updates ema (the
-    moving average of the weights), then yields (step number, loss, learning rate). The README, "As
-    a library", has the bare loop."""
+    moving average of the weights), then yields (step number, loss, learning rate)."""
     weights = list(model.parameters())
     cast = autocast(weights[0].device, config["precision"])
-    for step, x_0 in data:
+    for step, x_0 in data:  # (The README, "As a library", has the bare loop.)
         model.zero_grad()
         with cast:
             loss = model(x_0)  # DDPM.loss or VAE.loss
@@ -163,8 +162,9 @@ def train(config: dict, state: dict | None, model: nn.Module, images: Tensor, te
         check_finite(step, *model.parameters())  # a finite loss can have a nan or inf gradient
         path, now = out / "checkpoint.pt", time.perf_counter() - start
         if RANK == 0:
-            if last is not None and path.exists() and load(path).get("seconds") != last:
-                raise OSError("another process has written it, so this one ends")
+            with contextlib.suppress(ValueError):  # a damaged one is replaced
+                if last is not None and path.exists() and load(path).get("seconds") != last:
+                    raise OSError("another process has written it, so this one ends")
             save(path, {"format": FORMAT, "config": config, "step": step, "seconds": now,
                         "model": model.state_dict(), "ema": ema.state_dict(),
                         "optimizer": optimizer.state_dict()}, replace=last is not None)
@@ -521,7 +521,7 @@ def main(argv: list[str] | None = None):
         if RANKS > 1:
             nccl = device.type == "cuda" and distributed.is_nccl_available()  # not on Windows
             distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         parser.error(str(error))
     size = sum(parameter.numel() for parameter in model.parameters())
     say(f"{config['model']}: {size:,} parameters, {len(images):,} images of "
@@ -537,8 +537,8 @@ def main(argv: list[str] | None = None):
     except OSError as error:
         parser.error(f"{out / 'checkpoint.pt'}: {error}; --resume continues from the last "
                      "checkpoint, if there is one")
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU alone
-        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError on a GPU alone
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in str(error)):
             raise
         parser.error("out of memory: start again with a smaller --batch-size, in another --out")
     finally:
